@@ -1,0 +1,1275 @@
+"""ResShift: image super-resolution by shifting the residual (chapter 1, complete in itself).
+
+A restored photograph is the end of a short Markov chain that starts at the degraded
+one.  This file holds the chain, its U-Net, the two kinds of ends (a VAE, or plain
+pixel-unshuffle), the degradation that makes training pairs out of good photographs,
+and one training loop.  `gendr_pix.py` (chapters 2 to 4) imports its names from here.
+
+Papers: ResShift, arXiv 2307.12348 (NeurIPS 2023), journal version 2403.07319.
+        Degradation: Real-ESRGAN, arXiv 2107.10833; mild ranges: S3Diff, 2409.17058.
+
+    python resshift.py --train --tiny                   train on tiny_data/, then evaluate
+    python resshift.py --train --tiny --space pixel     the same without an autoencoder
+    python resshift.py --input lq.png --output up.png   restore one picture
+
+Symbols: B batch, C channels, H W full resolution, h w latent resolution, f = 8;
+         x0 clean, y0 degraded (upsampled to x0's size), e0 = y0 - x0, t = 1 .. T.
+Ranges:  images are float in [-1, 1] inside, [0, 1] in metrics, uint8 in files.
+"""
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import lpips
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+# ---- 1. Every number (read) --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every number of both scripts.  The defaults are the preset "small"."""
+    # data
+    train_data: str = "tiny_data/train"
+    val_data: str = "tiny_data/val"
+    scale: int = 4                       # LQ to HQ
+    crop: int = 256                      # HQ training crop, pixels
+    pool: int = 8192                     # degraded pairs made once, before training
+    degradation: str = "mild"            # a row of RANGES
+    # the chain (ResShift)
+    space: str = "latent"                # "latent": VAE; "pixel": pixel-unshuffle
+    steps: int = 15                      # T
+    kappa: float = 2.0                   # noise strength
+    power: float = 0.3                   # p, the shifting speed
+    # the networks
+    unet_widths: tuple = (128, 256, 384, 384)
+    unet_blocks: int = 2                 # residual blocks a level
+    head_width: int = 64                 # channels of one attention head
+    groups: int = 32                     # GroupNorm, U-Net
+    context_tokens: int = 77
+    context_width: int = 256
+    latent_channels: int = 16
+    vae_widths: tuple = (64, 128, 256, 256)
+    vae_blocks: int = 2
+    vae_groups: int = 32
+    vae_skip: bool = True                # linear skip around encoder and decoder
+    lora_rank: int = 32
+    estimator_width: int = 48
+    # training
+    batch: int = 16
+    learning_rate: float = 1e-4
+    vae_learning_rate: float = 5e-4
+    warmup: int = 200
+    ema: float = 0.999
+    clip: float = 1.0                    # gradient norm
+    vae_crop: int = 128
+    vae_kl: float = 1e-6
+    vae_steps: int = 30_000
+    prior_steps: int = 100_000
+    estimator_steps: int = 5_000
+    gendr_steps: int = 40_000
+    adc_steps: int = 20_000
+    pix_steps: int = 30_000
+    negative: float = 0.05               # share of online negatives (S3Diff)
+    guidance: float = 1.07               # S3Diff's weight; GenDR-Pix prints none
+    lambda_adv: float = 0.05             # GenDR-Pix, stage II: 0.05 / 1 / 0.1
+    lambda_lpips: float = 1.0
+    lambda_fourier: float = 0.1
+    lpips_net: str = "vgg"
+    # the run
+    seed: int = 0
+    precision: str = "bf16"              # autocast on CUDA; the CPU computes in fp32
+    save_every: int = 1000
+    log_every: int = 200
+
+
+PRESETS = {
+    "small": {},
+    "tiny": dict(
+        crop=128, pool=768, unet_widths=(64, 128, 192), unet_blocks=1, head_width=32,
+        groups=16, context_tokens=4, context_width=64, vae_widths=(16, 32, 64, 64),
+        vae_blocks=1, vae_groups=8, lora_rank=16, estimator_width=16, batch=8,
+        learning_rate=1e-3, vae_learning_rate=1e-3, warmup=20, ema=0.99, vae_crop=64,
+        vae_steps=300, prior_steps=600, estimator_steps=400, gendr_steps=400,
+        adc_steps=200, pix_steps=200, lpips_net="alex", precision="fp32",
+        save_every=100, log_every=50),
+    "full": dict(
+        crop=512, pool=65_536, unet_widths=(320, 640, 1280, 1280), context_width=1024,
+        vae_widths=(128, 128, 256, 512), vae_skip=False, batch=8, learning_rate=1e-5,
+        vae_learning_rate=1e-4, vae_crop=256, vae_steps=500_000, prior_steps=500_000,
+        estimator_steps=20_000, gendr_steps=100_000, adc_steps=100_000,
+        pix_steps=100_000),
+}
+
+
+def preset(name):
+    """The `Config` called "tiny" (CPU, minutes), "small" (one GPU, hours) or "full"."""
+    return Config(**PRESETS[name])
+
+
+# ---- 2. The residual-shifting chain (read) -- ResShift, Eqs. 1-10 --------------------
+
+
+class ResidualShift:
+    """The Markov chain from a clean x0 (t = 0) to a noisy copy of y0 (t = T).
+
+    Schedule, ResShift Eqs. 8-10, in terms of sqrt(eta):
+        sqrt(eta_t) = sqrt(eta_1) b0^beta_t,  beta_t = ((t-1)/(T-1))^p (T-1),
+        b0 = exp( ln(eta_T / eta_1) / (2 (T-1)) ),  eta_1 = min((0.04/kappa)^2, 0.001)
+    and alpha_t = eta_t - eta_(t-1).  `eta` and `alpha` are float32 of shape (T+1,),
+    indexed by the paper's t; eta[0] = 0 so that every formula reads as printed.
+    All tensors x are (B, C, h, w); t is a (B,) integer tensor with values in 1 .. T.
+
+    Bridge to the official code: it stores sqrt(eta), from min_noise_level / kappa to
+    etas_end.  Its released models are `ResidualShift(4, eta_1=0.1**2, eta_T=0.99**2)`
+    and `ResidualShift(15, eta_1=0.02**2, eta_T=0.99**2)`; squaring is the classic slip.
+    Raises ValueError for fewer than 2 steps or unless 0 < eta_1 < eta_T < 1.
+    """
+
+    def __init__(self, steps=15, kappa=2.0, power=0.3, eta_1=None, eta_T=0.999):
+        if eta_1 is None:
+            eta_1 = min((0.04 / kappa) ** 2, 0.001)
+        if steps < 2 or not 0 < eta_1 < eta_T < 1:
+            raise ValueError(f"need steps >= 2 and 0 < eta_1 < eta_T < 1, got {steps}, "
+                             f"{eta_1}, {eta_T}")
+        self.steps, self.kappa, self.power = steps, kappa, power
+        t = torch.arange(1, steps + 1, dtype=torch.float64)
+        beta = ((t - 1) / (steps - 1)) ** power * (steps - 1)
+        b0 = math.exp(math.log(eta_T / eta_1) / (2 * (steps - 1)))
+        sqrt_eta = math.sqrt(eta_1) * b0 ** beta
+        eta = torch.cat([torch.zeros(1, dtype=torch.float64), sqrt_eta ** 2])
+        self.eta = eta.float()
+        self.alpha = torch.cat([eta[:1], eta[1:] - eta[:-1]]).float()
+
+    @staticmethod
+    def at(values, t, like):
+        """values[t] on the device of `like`, shaped (B, 1, 1, 1)."""
+        return values.to(like.device)[t.to(like.device)].view(-1, 1, 1, 1)
+
+    def q_step(self, x_prev, x0, y0, t, noise):
+        """Eq. 1: x_t ~ N( x_(t-1) + alpha_t e0, kappa^2 alpha_t I ), given N(0, I)."""
+        alpha = self.at(self.alpha, t, x_prev)
+        return x_prev + alpha * (y0 - x0) + self.kappa * alpha.sqrt() * noise
+
+    def q_sample(self, x0, y0, t, noise):
+        """Eq. 2: x_t ~ N( x0 + eta_t e0, kappa^2 eta_t I ), the chain in one stride."""
+        eta = self.at(self.eta, t, x0)
+        return x0 + eta * (y0 - x0) + self.kappa * eta.sqrt() * noise
+
+    def posterior(self, x_t, x0, t):
+        """Eq. 6: q(x_(t-1) | x_t, x0, y0) -> (mean, variance).
+
+        mean = (eta_(t-1)/eta_t) x_t + (alpha_t/eta_t) x0,  variance = kappa^2
+        (eta_(t-1)/eta_t) alpha_t, shaped (B, 1, 1, 1).  y0 has cancelled.  At t = 1
+        the mean is x0 itself and the variance 0: the last step adds no noise.
+        """
+        eta, alpha = self.at(self.eta, t, x_t), self.at(self.alpha, t, x_t)
+        eta_prev = self.at(self.eta, t - 1, x_t)
+        mean = eta_prev / eta * x_t + alpha / eta * x0
+        return mean, self.kappa ** 2 * eta_prev / eta * alpha
+
+    def prior_sample(self, y0, noise):
+        """Sec. 2.1: x_T = y0 + kappa sqrt(eta_T) noise; eta_T is close to 1."""
+        return y0 + self.kappa * self.eta[-1].sqrt().item() * noise
+
+    def input_scale(self, t, like, pixel=False):
+        """The factor on the copy of x_t that the network sees: unit variance at all t.
+
+        Latents have variance 1, so x_t has 1 + kappa^2 eta_t.  Pixels in [-1, 1] are
+        divided by 1 + 3 kappa sqrt(eta_t): three sigma of noise still fit in [-1, 1].
+        From the official code; the posterior uses the unscaled x_t.
+        """
+        eta = self.at(self.eta, t, like)
+        if pixel:
+            return 1 / (3 * self.kappa * eta.sqrt() + 1)
+        return 1 / (self.kappa ** 2 * eta + 1).sqrt()
+
+    @torch.no_grad()
+    def sample(self, model, y0, generator=None):
+        """Run the chain from x_T down to x_0; `model(x_t, y0, t)` predicts x0.
+
+        There is no strided sampler: the posterior is exact only between neighbours of
+        the schedule the model was trained on, and T is short by design.
+        """
+        def noise():
+            shape = y0.shape
+            return torch.randn(shape, generator=generator).to(y0)
+        x = self.prior_sample(y0, noise())
+        for step in range(self.steps, 0, -1):
+            t = torch.full((len(y0),), step)
+            mean, variance = self.posterior(x, model(x, y0, t), t)
+            x = mean + variance.sqrt() * noise() if step > 1 else mean
+        return x
+
+
+# ---- 3. The U-Net (read) -- Stable Diffusion 2.1's, at any width ---------------------
+# Module names are those of diffusers' UNet2DConditionModel, so that real weights load.
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice, plus a shortcut; time enters between."""
+
+    def __init__(self, in_ch, out_ch, groups, time_width=0, eps=1e-5):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_ch, eps)
+        self.conv1 = nn.Conv2d(in_ch, out_ch, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_width, out_ch) if time_width else None
+        self.norm2 = nn.GroupNorm(groups, out_ch, eps)
+        self.conv2 = nn.Conv2d(out_ch, out_ch, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else None
+
+    def forward(self, x, emb=None):
+        h = self.conv1(F.silu(self.norm1(x)))
+        if emb is not None:
+            h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v over tokens (B, N, C); context None: self-attention."""
+
+    def __init__(self, width, heads, context_width=None, bias=False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context_width or width, width, bias=bias)
+        self.to_v = nn.Linear(context_width or width, width, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in
+                   (self.to_q(x), self.to_k(context), self.to_v(context)))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](rearrange(y, "b h n d -> b n (h d)"))
+
+
+class GEGLU(nn.Module):
+    """a * gelu(b), where (a, b) are the halves of one linear layer."""
+
+    def __init__(self, width, inner):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x):
+        a, b = self.proj(x).chunk(2, dim=-1)
+        return a * F.gelu(b)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back; Identity keeps diffusers' numbering."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(),
+                                  nn.Linear(4 * width, width)])
+
+    def forward(self, x):
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the prompt, feed-forward, each residual."""
+
+    def __init__(self, width, heads, context_width):
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads, context_width)
+        self.norm3, self.ff = nn.LayerNorm(width), FeedForward(width)
+
+    def forward(self, x, context):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """A transformer block on the pixels of a feature map."""
+
+    def __init__(self, width, cfg):
+        super().__init__()
+        self.norm = nn.GroupNorm(cfg.groups, width, 1e-6)
+        self.proj_in = nn.Linear(width, width)
+        heads = max(1, width // cfg.head_width)
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(width, heads, cfg.context_width)])
+        self.proj_out = nn.Linear(width, width)
+
+    def forward(self, x, context):
+        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        h = self.proj_out(self.transformer_blocks[0](self.proj_in(h), context))
+        return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Downsample(nn.Module):
+    """Half the resolution; the VAE pads below and to the right only, as SD's does."""
+
+    def __init__(self, width, asymmetric=False):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=0 if asymmetric else 1)
+        self.asymmetric = asymmetric
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour to `size` (its skip's, which may be odd), then a convolution."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x, size=None):
+        size = size or (2 * x.shape[2], 2 * x.shape[3])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class Block(nn.Module):
+    """One level: residual blocks, each with a transformer behind it where asked for."""
+
+    def __init__(self, channels, attend, cfg, time_width):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            [ResBlock(i, o, cfg.groups, time_width) for i, o in channels])
+        self.attentions = nn.ModuleList(
+            [Transformer(o, cfg) for _, o in channels] if attend else [])
+
+
+class TimeEmbedding(nn.Module):
+    """t -> (cos, sin) of t 10000^(-i/half), then two linear layers.  t: (B,)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.half = width // 2
+        self.linear_1 = nn.Linear(width, 4 * width)
+        self.linear_2 = nn.Linear(4 * width, 4 * width)
+
+    def forward(self, t):
+        i = torch.arange(self.half, device=t.device, dtype=torch.float32)
+        angle = t.float()[:, None] * torch.exp(-math.log(10000) * i / self.half)
+        emb = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(emb)))
+
+
+class UNet(nn.Module):
+    """Stable Diffusion 2.1's U-Net.  forward(x, t, context) -> x.
+
+    x (B, in_channels, h, w) -> (B, out_channels, h, w), any h and w; t (B,) in
+    0 .. 999; context (B, tokens, context_width).  All levels but the lowest attend.
+    """
+
+    def __init__(self, cfg, in_channels, out_channels):
+        super().__init__()
+        w, n, time = cfg.unet_widths, cfg.unet_blocks, 4 * cfg.unet_widths[0]
+        last = len(w) - 1
+        self.conv_in = nn.Conv2d(in_channels, w[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(w[0])
+        self.down_blocks, skips = nn.ModuleList(), [w[0]]
+        for i, width in enumerate(w):
+            channels = [(w[max(i - 1, 0)], width)] + [(width, width)] * (n - 1)
+            block = Block(channels, i < last, cfg, time)
+            block.downsamplers = nn.ModuleList([Downsample(width)] if i < last else [])
+            skips += [width] * (n + (i < last))
+            self.down_blocks.append(block)
+        self.mid_block = Block([(w[-1], w[-1])] * 2, False, cfg, time)
+        self.mid_block.attentions.append(Transformer(w[-1], cfg))
+        self.up_blocks, ch = nn.ModuleList(), w[-1]
+        for i, width in reversed(list(enumerate(w))):
+            channels = []
+            for _ in range(n + 1):
+                channels.append((ch + skips.pop(), width))
+                ch = width
+            block = Block(channels, i < last, cfg, time)
+            block.upsamplers = nn.ModuleList([Upsample(width)] if i > 0 else [])
+            self.up_blocks.append(block)
+        self.conv_norm_out = nn.GroupNorm(cfg.groups, w[0], 1e-5)
+        self.conv_out = nn.Conv2d(w[0], out_channels, 3, padding=1)
+        for m in self.modules():             # residual branches start at zero: for
+            if isinstance(m, ResBlock):      # training from scratch, not in the paper
+                nn.init.zeros_(m.conv2.weight)
+            elif isinstance(m, Transformer):
+                nn.init.zeros_(m.proj_out.weight)
+
+    def encode(self, x, t, context):
+        """The half before the skips return: (features, skips, time embedding)."""
+        emb = self.time_embedding(t.to(x.device))
+        h = self.conv_in(x)                                    # (B, w0, h, w)
+        skips = [h]
+        for block in self.down_blocks:
+            for i, resnet in enumerate(block.resnets):
+                h = resnet(h, emb)
+                if block.attentions:
+                    h = block.attentions[i](h, context)
+                skips.append(h)
+            for down in block.downsamplers:
+                h = down(h)                                    # (B, wi, h/2^i, w/2^i)
+                skips.append(h)
+        h = self.mid_block.resnets[0](h, emb)
+        h = self.mid_block.resnets[1](self.mid_block.attentions[0](h, context), emb)
+        return h, skips, emb
+
+    def forward(self, x, t, context):
+        h, skips, emb = self.encode(x, t, context)
+        for block in self.up_blocks:
+            for i, resnet in enumerate(block.resnets):
+                h = resnet(torch.cat([h, skips.pop()], dim=1), emb)
+                if block.attentions:
+                    h = block.attentions[i](h, context)
+            for up in block.upsamplers:
+                h = up(h, skips[-1].shape[2:])
+        return self.conv_out(F.silu(self.conv_norm_out(h)))    # (B, out, h, w)
+
+
+POSITIVE, NEGATIVE = 0, 1
+
+
+class Prompts(nn.Module):
+    """Two learned contexts in place of a text encoder: GenDR's two fixed prompts."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        shape = (2, cfg.context_tokens, cfg.context_width)
+        self.table = nn.Parameter(torch.randn(shape))
+
+    def forward(self, prompt, batch):
+        """prompt: POSITIVE, NEGATIVE or a (B,) tensor of them -> (B, tokens, width)."""
+        prompt = torch.as_tensor(prompt, device=self.table.device).expand(batch)
+        return self.table[prompt]
+
+
+# ---- 4. The two kinds of ends (read) -- VAE, or pixel-(un)shuffle -------------------
+
+
+class PixelShuffle(nn.Module):
+    """The end without parameters: (B, 3, H, W) <-> (B, 3 f^2, H/f, W/f), lossless."""
+
+    def __init__(self, factor=8):
+        super().__init__()
+        self.factor, self.channels = factor, 3 * factor ** 2
+
+    def encode(self, x):
+        """Every f x f patch becomes the channels of one token; torch's order."""
+        return F.pixel_unshuffle(x, self.factor)
+
+    def decode(self, z):
+        """The inverse of `encode`."""
+        return F.pixel_shuffle(z, self.factor)
+
+
+class VaeAttention(Attention):
+    """Single-head self-attention on a feature map, in the middle of the VAE."""
+
+    def __init__(self, width, groups):
+        super().__init__(width, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, width, 1e-6)
+
+    def forward(self, x):
+        h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        return x + rearrange(super().forward(h), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class VaeLevel(nn.Module):
+    """Residual blocks at one resolution, then a change of resolution or none."""
+
+    def __init__(self, in_ch, width, blocks, groups, down=False, up=False):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            [ResBlock(in_ch if i == 0 else width, width, groups, eps=1e-6)
+             for i in range(blocks)])
+        self.downsamplers = nn.ModuleList([Downsample(width, True)] if down else [])
+        self.upsamplers = nn.ModuleList([Upsample(width)] if up else [])
+
+    def forward(self, x):
+        for layer in [*self.resnets, *self.downsamplers, *self.upsamplers]:
+            x = layer(x)
+        return x
+
+
+class VaeMiddle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, width, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            [ResBlock(width, width, groups, eps=1e-6) for _ in range(2)])
+        self.attentions = nn.ModuleList([VaeAttention(width, groups)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class VaeEncoder(nn.Module):
+    """(B, 3, H, W) -> (B, out_ch, H/f, W/f), f = 2^(levels - 1)."""
+
+    def __init__(self, cfg, out_ch):
+        super().__init__()
+        w, n, g = cfg.vae_widths, cfg.vae_blocks, cfg.vae_groups
+        self.conv_in = nn.Conv2d(3, w[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            [VaeLevel(w[max(i - 1, 0)], w[i], n, g, down=i < len(w) - 1)
+             for i in range(len(w))])
+        self.mid_block = VaeMiddle(w[-1], g)
+        self.conv_norm_out = nn.GroupNorm(g, w[-1], 1e-6)
+        self.conv_out = nn.Conv2d(w[-1], out_ch, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for level in self.down_blocks:
+            h = level(h)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h))))
+
+
+class VaeDecoder(nn.Module):
+    """(B, in_ch, h, w) -> (B, 3, f h, f w): the encoder's mirror, one block more."""
+
+    def __init__(self, cfg, in_ch):
+        super().__init__()
+        w, n, g = cfg.vae_widths[::-1], cfg.vae_blocks + 1, cfg.vae_groups
+        self.conv_in = nn.Conv2d(in_ch, w[0], 3, padding=1)
+        self.mid_block = VaeMiddle(w[0], g)
+        self.up_blocks = nn.ModuleList(
+            [VaeLevel(w[max(i - 1, 0)], w[i], n, g, up=i < len(w) - 1)
+             for i in range(len(w))])
+        self.conv_norm_out = nn.GroupNorm(g, w[-1], 1e-6)
+        self.conv_out = nn.Conv2d(w[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        h = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            h = level(h)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+class VAE(nn.Module):
+    """AutoencoderKL with f = 8 and 16 channels: the end of chapters 1 and 2.
+
+    Small presets add a linear skip around each half (`vae_skip`, not in the paper):
+    1x1 convolutions between the 192 channels of pixel-unshuffle and the latent.  They
+    start as the principal components of 8x8 patches, and the last convolution beside
+    them at zero, so that training starts from the best linear autoencoder.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        c = self.channels = cfg.latent_channels
+        self.factor = 2 ** (len(cfg.vae_widths) - 1)
+        self.encoder, self.decoder = VaeEncoder(cfg, 2 * c), VaeDecoder(cfg, c)
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = nn.Conv2d(c, c, 1)
+        self.register_buffer("scale", torch.ones(()))
+        self.shuffle = PixelShuffle(self.factor) if cfg.vae_skip else None
+        if cfg.vae_skip:
+            self.skip_in = nn.Conv2d(self.shuffle.channels, c, 1)
+            self.skip_out = nn.Conv2d(c, self.shuffle.channels, 1)
+
+    @torch.no_grad()
+    def start_from_pca(self, images):
+        """Set the skips to the patches' principal axes: z = V^T (patch - mean)."""
+        x = rearrange(self.shuffle.encode(images), "b c h w -> (b h w) c").double()
+        mean = x.mean(0)
+        variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+        top = slice(-self.channels, None)
+        gain = variance[top].mean().rsqrt()                    # unit mean variance
+        axes = axes[:, top].float() * 1.0
+        self.skip_in.weight.copy_((gain * axes.T)[:, :, None, None])
+        self.skip_in.bias.copy_(-gain * axes.T.double() @ mean)
+        self.skip_out.weight.copy_((axes / gain)[:, :, None, None])
+        self.skip_out.bias.copy_(mean)
+        for conv in (self.quant_conv, self.decoder.conv_out):
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
+        self.quant_conv.bias[self.channels:] = -6.0            # posterior std 0.05
+
+    def posterior(self, x):
+        """q(z | x) = N(mean, exp(logvar)): two (B, 16, H/8, W/8), for training only."""
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        if self.shuffle:
+            mean = mean + self.skip_in(self.shuffle.encode(x))
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, x):
+        """x (B, 3, H, W) -> z (B, 16, H/8, W/8): the mean, never a sample, times scale."""
+        return self.posterior(x)[0] * self.scale               # scale: unit variance
+
+    def decode(self, z):
+        """z (B, 16, h, w) -> image (B, 3, 8 h, 8 w) in [-1, 1], not clamped."""
+        z = z / self.scale
+        y = self.decoder(self.post_quant_conv(z))
+        return y + self.shuffle.decode(self.skip_out(z)) if self.shuffle else y
+
+
+def build_end(cfg, space):
+    """The end for a space: "latent" -> VAE, "pixel" -> PixelShuffle of the same f."""
+    if space == "latent":
+        return VAE(cfg)
+    return PixelShuffle(2 ** (len(cfg.vae_widths) - 1))
+
+
+class ResShift(nn.Module):
+    """f(x_t, y0, t): the prior of all chapters.  It predicts the clean x0.
+
+    Input: x_t, scaled to unit variance (`input_scale`), beside y0: 2 C channels.  The
+    U-Net reads t as 999 t / T, so that T meets Stable Diffusion's last timestep.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.chain = ResidualShift(cfg.steps, cfg.kappa, cfg.power)
+        self.pixel = cfg.space == "pixel"
+        channels = 3 * 4 ** (len(cfg.vae_widths) - 1) if self.pixel \
+            else cfg.latent_channels
+        self.unet = UNet(cfg, 2 * channels, channels)
+        self.prompts = Prompts(cfg)
+
+    def forward(self, x_t, y0, t, prompt=POSITIVE):
+        scaled = x_t * self.chain.input_scale(t, x_t, self.pixel)
+        context = self.prompts(prompt, len(y0))
+        return self.unet(torch.cat([scaled, y0], dim=1), self.unet_time(t), context)
+
+    def unet_time(self, t):
+        """The chain's t = 1 .. T on Stable Diffusion's scale of 0 .. 999."""
+        return 999 * t / self.chain.steps
+
+
+# ---- 5. The degradation (skim) -- Real-ESRGAN's two stages, S3Diff's mild ranges -----
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What one degradation draws from; pairs are (first stage, second stage)."""
+    sigma: tuple                         # blur: Gaussian widths, pixels
+    shape: tuple                         # blur: exponents (generalised, plateau)
+    resize: tuple                        # scale factors, relative to HQ and to LQ
+    gaussian: tuple                      # noise: sigma of Gaussian noise, / 255
+    poisson: tuple                       # noise: scale of Poisson noise
+    jpeg: tuple                          # qualities
+    second_blur: float                   # probability
+
+
+RANGES = {
+    "real-esrgan": Ranges(
+        sigma=((0.2, 3.0), (0.2, 1.5)), shape=((0.5, 4.0), (1.0, 2.0)),
+        resize=((0.15, 1.5), (0.3, 1.2)), gaussian=((1, 30), (1, 25)),
+        poisson=((0.05, 3.0), (0.05, 2.5)), jpeg=((30, 95), (30, 95)), second_blur=0.8),
+    "mild": Ranges(
+        sigma=((0.2, 1.5), (0.2, 1.0)), shape=((0.5, 2.0), (1.0, 1.5)),
+        resize=((0.3, 1.5), (0.6, 1.2)), gaussian=((1, 15), (1, 12)),
+        poisson=((0.05, 2.0), (0.05, 1.0)), jpeg=((60, 95), (60, 100)), second_blur=0.5),
+}
+KERNELS = {"iso": 0.45, "aniso": 0.25, "generalised iso": 0.12,
+           "generalised aniso": 0.03, "plateau iso": 0.12, "plateau aniso": 0.03}
+RESIZE = (((0.2, 0.7, 0.1), (0.3, 0.4, 0.3)))     # up, down, keep in the two stages
+SINC_BLUR, SINC_FINAL = 0.1, 0.8                  # probabilities of a sinc filter
+GAUSSIAN_NOISE, GRAY_NOISE = 0.5, 0.4             # else Poisson; else per channel
+BLUR_MAX, NOISE_MAX = 1.2, 16 / 255               # score 1: LQ pixels; LQ RMS on [0, 1]
+
+
+class Dice:
+    """The draws of one sample, all from one generator."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def uniform(self, low, high):
+        """A float in [low, high)."""
+        return low + (high - low) * torch.rand((), generator=self.generator).item()
+
+    def chance(self, p):
+        """True with probability p."""
+        return self.uniform(0, 1) < p
+
+    def pick(self, options, weights=None):
+        """One of `options`, uniformly or by weight."""
+        weights = torch.ones(len(options)) if weights is None else torch.tensor(weights)
+        return options[torch.multinomial(weights, 1, generator=self.generator).item()]
+
+
+def gaussian_kernel(size, sigma_x, sigma_y, theta, kind, shape):
+    """exp(-u^s / 2) or 1 / (1 + u^s), u = x^T Sigma^-1 x, summing to 1: (size, size)."""
+    r = torch.arange(size) - size // 2
+    y, x = torch.meshgrid(r.float(), r.float(), indexing="ij")
+    a = (x * math.cos(theta) + y * math.sin(theta)) / sigma_x
+    b = (-x * math.sin(theta) + y * math.cos(theta)) / sigma_y
+    u = a ** 2 + b ** 2
+    k = 1 / (1 + u ** shape) if "plateau" in kind else torch.exp(-0.5 * u ** shape)
+    return k / k.sum()
+
+
+def sinc_kernel(size, cutoff):
+    """The circular low-pass c J1(c r) / (2 pi r), c in (0, pi], summing to 1."""
+    r = torch.arange(size) - size // 2
+    y, x = torch.meshgrid(r.double(), r.double(), indexing="ij")
+    d = (x ** 2 + y ** 2).sqrt()
+    k = cutoff * torch.special.bessel_j1(cutoff * d) / (2 * math.pi * d.clamp(min=1e-9))
+    k[size // 2, size // 2] = cutoff ** 2 / (4 * math.pi)
+    return (k / k.sum()).float()
+
+
+def sinc_variance(cutoff):
+    """Variance of the Gaussian whose response at `cutoff` is one half, pixels^2."""
+    return 2 * math.log(2) / cutoff ** 2
+
+
+def random_kernel(dice, stage, ranges):
+    """A blur kernel of Real-ESRGAN's mixture and its variance per axis, pixels^2."""
+    size = 2 * dice.pick(range(3, 11)) + 1                     # odd, 7 .. 21
+    if dice.chance(SINC_BLUR):
+        cutoff = dice.uniform(math.pi / 3 if size < 13 else math.pi / 5, math.pi)
+        return sinc_kernel(size, cutoff), sinc_variance(cutoff)
+    kind = dice.pick(list(KERNELS), list(KERNELS.values()))
+    sigma_x = dice.uniform(*ranges.sigma[stage])
+    sigma_y = sigma_x if "aniso" not in kind else dice.uniform(*ranges.sigma[stage])
+    shape = 1.0
+    if "generalised" in kind or "plateau" in kind:
+        shape = dice.uniform(*ranges.shape["plateau" in kind])
+    k = gaussian_kernel(size, sigma_x, sigma_y, dice.uniform(-math.pi, math.pi), kind,
+                        shape)
+    r2 = (torch.arange(size) - size // 2).float() ** 2
+    return k, ((k.sum(0) * r2).sum() + (k.sum(1) * r2).sum()).item() / 2
+
+
+def blur(x, kernel):
+    """Filter every channel of x (B, C, H, W) by kernel (k, k), reflecting borders."""
+    p, c = kernel.shape[0] // 2, x.shape[1]
+    x = F.pad(x, (p, p, p, p), mode="reflect")
+    return F.conv2d(x, kernel.to(x).expand(c, 1, -1, -1), groups=c)
+
+
+def random_resize(x, dice, size):
+    """x to (h, w) = size, by area, bilinear or bicubic interpolation."""
+    mode = dice.pick(["area", "bilinear", "bicubic"])
+    corners = {} if mode == "area" else {"align_corners": False}
+    return F.interpolate(x, size=size, mode=mode, **corners)
+
+
+def resize_factor(dice, stage, ranges):
+    """A factor above, below or at 1, by the stage's odds."""
+    low, high = ranges.resize[stage]
+    direction = dice.pick(["up", "down", "keep"], RESIZE[stage])
+    return {"up": dice.uniform(1, high), "down": dice.uniform(low, 1), "keep": 1.0}[
+        direction]
+
+
+def random_noise(x, dice, stage, ranges):
+    """x (1, 3, h, w) on [0, 1] plus Gaussian or Poisson noise, coloured or grey."""
+    gray = dice.chance(GRAY_NOISE)
+    if dice.chance(GAUSSIAN_NOISE):
+        shape = x[:, :1].shape if gray else x.shape
+        sigma = dice.uniform(*ranges.gaussian[stage]) / 255
+        return x + sigma * torch.randn(shape, generator=dice.generator)
+    base = (luma(x) if gray else x).clamp(0, 1)                # 256 photon levels
+    shot = torch.poisson(base * 256, generator=dice.generator) / 256 - base
+    return x + dice.uniform(*ranges.poisson[stage]) * shot
+
+
+def jpeg(x, quality):
+    """x (1, 3, h, w) on [0, 1] through Pillow's JPEG codec."""
+    buffer = io.BytesIO()
+    to_pil(x * 2 - 1).save(buffer, "JPEG", quality=int(quality))
+    return to_unit(from_pil(Image.open(buffer)))
+
+
+def degrade_one(hq, cfg, dice):
+    """One picture (1, 3, H, W) in [0, 1] -> LQ (1, 3, H/s, W/s), blur, noise score."""
+    ranges, (height, width) = RANGES[cfg.degradation], hq.shape[2:]
+    small = (height // cfg.scale, width // cfg.scale)
+    # Two copies take the same blurs and resizes, but only the first gets the noise
+    # and the JPEG: their difference at the end is the true noise.
+    x, variance = hq.expand(2, -1, -1, -1), 0.0                # variance in LQ pixels^2
+    for stage in (0, 1):
+        pixel = x.shape[2] / small[0]                          # LQ pixel, in x's pixels
+        if stage == 0 or dice.chance(ranges.second_blur):
+            kernel, v = random_kernel(dice, stage, ranges)
+            x, variance = blur(x, kernel), variance + v / pixel ** 2
+        factor = resize_factor(dice, stage, ranges)
+        base = (height, width) if stage == 0 else small
+        size = [max(1, int(n * factor)) for n in base]
+        x = random_resize(x, dice, size)
+        if size[0] < small[0]:                                 # lost above f pi
+            variance += sinc_variance(math.pi * size[0] / small[0]) - sinc_variance(
+                math.pi)
+        noisy = random_noise(x[:1], dice, stage, ranges).clamp(0, 1)
+        if stage == 0:
+            noisy = jpeg(noisy, dice.uniform(*ranges.jpeg[0]))
+        x = torch.cat([noisy, x[1:]])
+    sinc_first, final_sinc = dice.chance(0.5), dice.chance(SINC_FINAL)
+    cutoff, quality = dice.uniform(math.pi / 3, math.pi), dice.uniform(*ranges.jpeg[1])
+    if not sinc_first:
+        x = torch.cat([jpeg(x[:1].clamp(0, 1), quality), x[1:]])
+    x = random_resize(x, dice, small)
+    if final_sinc:
+        x, variance = blur(x, sinc_kernel(21, cutoff)), variance + sinc_variance(cutoff)
+    if sinc_first:
+        x = torch.cat([jpeg(x[:1].clamp(0, 1), quality), x[1:]])
+    lq, clean = x.clamp(0, 1).chunk(2)
+    noise = (lq - clean).square().mean().sqrt().item()
+    return lq, min(1.0, variance ** 0.5 / BLUR_MAX), min(1.0, noise / NOISE_MAX)
+
+
+def degrade(hq, cfg, generator):
+    """Real-ESRGAN's two stages: hq (B, 3, H, W) -> lq (B, 3, H/s, W/s), scores (B, 2).
+
+    blur, resize, noise, JPEG; blur (p), resize, noise; then resize to H/s with a sinc
+    filter, and JPEG before or after it.  lq is in [-1, 1] on 8-bit levels.  The scores
+    are true strengths, not estimates (S3Diff learns them by ranking): blur, the width
+    of all filters together (LQ pixels / BLUR_MAX), and noise, the RMS of what noise
+    and JPEG left in lq (/ NOISE_MAX), both cut at 1.
+    """
+    pictures, scores = [], []
+    for picture in to_unit(hq.cpu()).split(1):
+        lq, *score = degrade_one(picture, cfg, Dice(generator))
+        pictures.append((lq * 255).round() / 255)
+        scores.append(score)
+    return torch.cat(pictures) * 2 - 1, torch.tensor(scores)
+
+
+# ---- 6. Pictures and metrics (skim) --------------------------------------------------
+
+
+class UserError(Exception):
+    """What the user can mend: one line on stderr, exit code 2."""
+
+
+def to_unit(x):
+    """[-1, 1] -> [0, 1], clamped."""
+    return (x.clamp(-1, 1) + 1) / 2
+
+
+def to_bytes(x):
+    """[-1, 1] -> uint8, rounded."""
+    return (to_unit(x) * 255).round().to(torch.uint8)
+
+
+def from_bytes(x):
+    """uint8 -> [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
+def to_pil(x):
+    """(1, 3, H, W) in [-1, 1] -> a Pillow picture."""
+    return Image.fromarray(rearrange(to_bytes(x[0]), "c h w -> h w c").cpu().numpy())
+
+
+def from_pil(picture):
+    """A Pillow picture -> (1, 3, H, W) in [-1, 1]."""
+    array = np.array(picture.convert("RGB"))
+    return from_bytes(rearrange(torch.from_numpy(array), "h w c -> 1 c h w"))
+
+
+def open_picture(path):
+    """The file as a viewer would show it: a Pillow picture in RGB or RGBA."""
+    try:
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I") or picture.mode == "F":
+                array = np.array(picture, dtype=np.float64)    # 16 bits and more
+                array = array / 257 if array.max() > 255 else array
+                picture = Image.fromarray(array.clip(0, 255).round().astype(np.uint8))
+            alpha = "A" in picture.getbands() or "transparency" in picture.info
+            return picture.convert("RGBA" if alpha else "RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable picture ({error})") from None
+
+
+def read_picture(path):
+    """(1, 3, H, W) in [-1, 1] from any picture file; alpha is dropped."""
+    return from_pil(open_picture(path))
+
+
+def picture_files(folder):
+    """The pictures of a folder, sorted; UserError where there are none."""
+    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+    files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in kinds)
+    if not files:
+        raise UserError(f"{folder}: no pictures in this folder")
+    return files
+
+
+def upsample(lq, scale):
+    """Bicubic (a = -0.5, as Pillow and Matlab have it): (B, 3, h, w) -> s times."""
+    size = (lq.shape[2] * scale, lq.shape[3] * scale)
+    return F.interpolate(lq, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def luma(x):
+    """Full-range BT.601 luma of [0, 1] RGB: (B, 3, H, W) -> (B, 1, H, W)."""
+    weights = torch.tensor([0.299, 0.587, 0.114]).to(x).view(1, 3, 1, 1)
+    return (x * weights).sum(1, keepdim=True)
+
+
+def studio_y(x):
+    """Y of BT.601 in 16 .. 235, from [0, 1] RGB, unrounded: (B, 1, H, W)."""
+    weights = torch.tensor([65.481, 128.553, 24.966]).to(x).view(1, 3, 1, 1)
+    return (x * weights).sum(1, keepdim=True) + 16
+
+
+def psnr(a, b):
+    """10 log10(255^2 / MSE) on unrounded Y, no border crop: (B,) dB from [0, 1]."""
+    mse = (studio_y(a.double()) - studio_y(b.double())).square().mean((1, 2, 3))
+    return 10 * torch.log10(255 ** 2 / mse)
+
+
+def ssim(a, b):
+    """SSIM on 8-bit Y, 11x11 Gaussian of 1.5, valid region: (B,), from [0, 1].
+
+    ((2 mu_a mu_b + C1) / (mu_a^2 + mu_b^2 + C1)) ((2 cov + C2) / (var_a + var_b + C2)),
+    Wang et al. 2004, with negative contrast terms clamped at 0.
+    """
+    a, b = studio_y(a.double()).round(), studio_y(b.double()).round()
+    window = gaussian_kernel(11, 1.5, 1.5, 0.0, "iso", 1.0).double()[None, None]
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mu_a, mu_b, aa, bb, ab = (F.conv2d(x, window.to(a)) for x in
+                              (a, b, a * a, b * b, a * b))
+    contrast = (2 * (ab - mu_a * mu_b) + c2) / (aa - mu_a ** 2 + bb - mu_b ** 2 + c2)
+    luminance = (2 * mu_a * mu_b + c1) / (mu_a ** 2 + mu_b ** 2 + c1)
+    return (luminance * contrast.clamp(min=0)).mean((1, 2, 3))
+
+
+class Perceptual(nn.Module):
+    """LPIPS of images in [-1, 1]: forward(a, b) -> (B,).  `name` says what measured.
+
+    The package brings LPIPS' trained heads; torchvision downloads the backbone on
+    first use.  Where it cannot, the same network runs with a backbone at a fixed
+    random seed, and every number of it is called "LPIPS (random features)".
+    """
+    FILES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
+
+    def __init__(self, net):
+        super().__init__()
+        with warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")                    # torchvision's old API
+            torch.manual_seed(0)
+            try:
+                self.model = lpips.LPIPS(net=net, verbose=False)
+                self.name = f"LPIPS ({net})"
+            except OSError:                                    # URLError is one
+                place = Path(torch.hub.get_dir()) / "checkpoints" / self.FILES[net]
+                print(f"LPIPS: no backbone; random features instead. For the real one "
+                      f"put {self.FILES[net]} (torchvision) into {place.parent}")
+                self.model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+                self.name = "LPIPS (random features)"
+        self.requires_grad_(False).eval()
+
+    def forward(self, a, b):
+        return self.model(a, b).flatten()
+
+
+# ---- 7. Training pairs (read) --------------------------------------------------------
+
+
+def device():
+    """The GPU of this process, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(cfg):
+    """bf16 autocast on CUDA where the preset asks for it; plain fp32 otherwise."""
+    on = cfg.precision == "bf16" and device().type == "cuda"
+    return torch.autocast(device().type, dtype=torch.bfloat16, enabled=on)
+
+
+class Pool:
+    """Degraded pairs, made once: `hq`, `lq` (uint8) and `scores`, plus what is added.
+
+    A frozen network's outputs on the pool need computing only once: `add` keeps them.
+    """
+
+    def __init__(self, cfg, show=True):
+        self.cfg, rng = cfg, torch.Generator().manual_seed(cfg.seed)
+        photos = [to_bytes(read_picture(f)) for f in picture_files(cfg.train_data)]
+        photos = [p for p in photos if min(p.shape[2:]) >= cfg.crop]
+        if not photos:
+            raise UserError(f"{cfg.train_data}: no picture has a {cfg.crop} pixel crop")
+        dice, pairs = Dice(rng), []
+        areas = [float(p.shape[2] * p.shape[3]) for p in photos]
+        for _ in tqdm(range(cfg.pool), "degraded pairs", disable=None if show else True):
+            hq = from_bytes(random_crop(dice.pick(photos, areas), cfg.crop, dice))
+            lq, scores = degrade(hq, cfg, rng)
+            pairs.append((to_bytes(hq), to_bytes(lq), scores))
+        hq, lq, scores = (torch.cat(column) for column in zip(*pairs))
+        self.columns = {"hq": hq, "lq": lq, "scores": scores}
+
+    def __len__(self):
+        return len(self.columns["hq"])
+
+    def rows(self, index):
+        """The rows of `index` on the device; pictures as float, `lq_up` on the way."""
+        batch = {name: column[index].to(device()) for name, column in
+                 self.columns.items()}
+        batch = {name: from_bytes(x) if x.dtype == torch.uint8 else x
+                 for name, x in batch.items()}
+        batch["lq_up"] = upsample(batch["lq"], self.cfg.scale)
+        return batch
+
+    def batch(self, rng):
+        """cfg.batch random rows."""
+        return self.rows(torch.randint(len(self), (self.cfg.batch,), generator=rng))
+
+    @torch.no_grad()
+    def add(self, name, function):
+        """Keep function(rows) under `name`, computed once, a batch at a time.
+
+        Images go in as they come out, in float: rounding them would teach the
+        students a grid of 1/255 that the teacher does not have.
+        """
+        out = []
+        for index in tqdm(torch.arange(len(self)).split(self.cfg.batch),
+                          f"pool: {name}", disable=None):
+            with autocast(self.cfg):
+                out.append(function(self.rows(index)).float().cpu())
+        self.columns[name] = torch.cat(out)
+
+
+def random_crop(photo, size, dice):
+    """A random size x size crop of photo (1, 3, H, W), turned and mirrored at random."""
+    y, x = (int(dice.uniform(0, n - size + 1)) for n in photo.shape[2:])
+    crop = photo[:, :, y:y + size, x:x + size]
+    crop = torch.rot90(crop, dice.pick(range(4)), (2, 3))
+    return crop.flip(3) if dice.chance(0.5) else crop
+
+
+@dataclass(frozen=True)
+class Held:
+    """One held-out pair: hq, lq (1, 3, ., .) in [-1, 1], its true scores, its name."""
+    name: str
+    hq: torch.Tensor
+    lq: torch.Tensor
+    scores: torch.Tensor
+
+
+def held_out(cfg):
+    """The held-out photos, each degraded with a seed of its own, whatever cfg.seed."""
+    pairs = []
+    for i, file in enumerate(picture_files(cfg.val_data)):
+        hq = read_picture(file)
+        s = 8 * cfg.scale
+        hq = hq[:, :, :hq.shape[2] // s * s, :hq.shape[3] // s * s]
+        lq, scores = degrade(hq, cfg, torch.Generator().manual_seed(10_000 + i))
+        pairs.append(Held(file.stem, hq.to(device()), lq.to(device()), scores))
+    return pairs
+
+
+# ---- 8. One training loop for every stage (read) -------------------------------------
+
+
+class Run:
+    """A folder runs/NAME that one process at a time may write."""
+
+    def __init__(self, folder, cfg):
+        self.folder, self.cfg = Path(folder), cfg
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot write there ({error})") from None
+        self.lock()
+        settings = json.loads(json.dumps(dataclasses.asdict(cfg)))
+        file = self.folder / "config.json"
+        if file.exists() and json.loads(file.read_text()) != settings:
+            old = json.loads(file.read_text())
+            names = [k for k in settings if old.get(k) != settings[k]]
+            raise UserError(f"{folder} was trained with another {', '.join(names)}; "
+                            "choose another --run or remove it")
+        write_file(file, json.dumps(settings, indent=1))
+
+    def lock(self):
+        """Hold runs/NAME/lock until the process ends, however it ends (POSIX only)."""
+        try:
+            import fcntl
+        except ImportError:                                    # Windows: no lock
+            return
+        self.lock_file = open(self.folder / "lock", "w")
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.folder}: another process writes this run") from None
+
+    def log(self, stage, step, values):
+        """Append one row a value to log.csv: stage, step, name, value."""
+        file = self.folder / "log.csv"
+        new = not file.exists()
+        with open(file, "a", newline="") as f:
+            rows = csv.writer(f)
+            if new:
+                rows.writerow(["stage", "step", "name", "value"])
+            rows.writerows([stage, step, k, f"{v:.6g}"] for k, v in values.items())
+
+
+def write_file(path, data):
+    """Write text, or call data(path), to a temporary file, then rename it."""
+    temporary = Path(f"{path}.tmp")
+    if callable(data):
+        data(temporary)
+    else:
+        temporary.write_text(data)
+    os.replace(temporary, path)
+
+
+def save_weights(module, path):
+    """A module's state as .safetensors; shared tensors are written once a name."""
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in
+             module.state_dict().items()}
+    write_file(path, lambda p: save_file(state, p))
+
+
+def load_weights(module, path):
+    """Load a .safetensors file; UserError names the first key that does not fit."""
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such weights; train first") from None
+    except Exception as error:                                 # truncated, not ours
+        raise UserError(f"{path}: not a weights file ({error})") from None
+    own = module.state_dict()
+    for key in [*own, *state]:
+        if key not in own or key not in state or own[key].shape != state[key].shape:
+            raise UserError(f"{path}: {key} does not fit this network")
+    module.load_state_dict(state)
+    return module
+
+
+@dataclass
+class Turn:
+    """One player's move: losses(batch, rng) -> {name: weighted loss} for `module`.
+
+    A stage is a list of turns; their order is the order of play.  Every turn has its
+    own optimizer, over those parameters of `module` that require gradients.
+    """
+    name: str
+    module: nn.Module
+    losses: object
+    learning_rate: float
+
+    def start(self, cfg):
+        """Make the optimizer: AdamW, with the betas of the adversarial literature."""
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, self.learning_rate,
+                                           betas=(0.9, 0.99), weight_decay=0.0)
+
+    def play(self, batch, rng, cfg, rate):
+        """One optimizer step; returns the losses as floats' tensors, detached."""
+        with autocast(cfg):
+            losses = self.losses(batch, rng)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * rate
+        self.optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, cfg.clip)
+        if not torch.isfinite(norm):                           # synchronises once a step
+            bad = [k for k, v in losses.items() if not torch.isfinite(v)]
+            raise FloatingPointError(f"{self.name}: not finite: "
+                                     f"{', '.join(bad) or 'the gradient'}")
+        self.optimizer.step()
+        return {k: v.detach() for k, v in losses.items()}
+
+
+def learning_rate_factor(step, steps, warmup):
+    """Linear warm-up, then half a cosine down to 0; step counts from 0."""
+    rise = min(1.0, (step + 1) / max(1, warmup))
+    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+class Ema:
+    """An exponential moving average of the first player's trained parameters."""
+
+    def __init__(self, parameters, decay):
+        self.parameters, self.decay, self.count = parameters, decay, 0
+        self.shadow = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self):
+        """shadow <- d shadow + (1 - d) p; d rises to its value over the first steps."""
+        self.count += 1
+        d = min(self.decay, (1 + self.count) / (10 + self.count))
+        torch._foreach_lerp_(self.shadow, self.parameters, 1 - d)
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchange the parameters with their average; twice is the identity."""
+        for p, s in zip(self.parameters, self.shadow):
+            keep = p.clone()
+            p.copy_(s)
+            s.copy_(keep)
+
+
+def train(run, stage, turns, pool, steps, watch=None):
+    """Play `turns` for `steps` steps; leave the averaged weights in turns[0].module.
+
+    Random draws of a step come from a generator seeded by (seed, stage, step), so a
+    resumed run repeats an uninterrupted one; on the CPU bit for bit.  A checkpoint
+    runs/NAME/STAGE.ckpt is renamed into place every cfg.save_every steps.  `watch()`
+    returns figures to print beside the losses; it must not touch any global generator.
+    """
+    cfg, file = run.cfg, run.folder / f"{stage}.ckpt"
+    for turn in turns:
+        turn.start(cfg)
+    ema, first = Ema(turns[0].parameters, cfg.ema), 0
+    if file.exists():
+        first = load_checkpoint(file, turns, ema)
+        print(f"{stage}: resuming at step {first}")
+    salt = sum(ord(c) * 31 ** i for i, c in enumerate(stage)) % 1_000_003
+    bar = tqdm(range(first, steps), stage, steps, initial=first, disable=None)
+    started, mean = time.time(), {}
+    for step in bar:
+        rng = torch.Generator().manual_seed((cfg.seed * 1_000_003 + salt) * 10 ** 7 + step)
+        batch, losses = pool.batch(rng), {}
+        for turn in turns:
+            rate = learning_rate_factor(step, steps, cfg.warmup)
+            losses |= turn.play(batch, rng, cfg, rate)
+        ema.update()
+        for k, v in losses.items():
+            mean.setdefault(k, []).append(v)
+        done = step + 1
+        if done % cfg.log_every == 0 or done == steps:
+            values = {k: torch.stack(v).mean().item() for k, v in mean.items()}
+            ema.swap()
+            values |= watch() if watch else {}
+            ema.swap()
+            each = (time.time() - started) / (done - first)
+            run.log(stage, done, values)
+            text = "  ".join(f"{k} {v:8.4f}" for k, v in values.items())
+            tqdm.write(f"{stage:9s} {done:6d}/{steps}  {text}  {1000 * each:5.0f} ms  "
+                       f"{each * (steps - done):5.0f} s left")
+            mean = {}
+        if done % cfg.save_every == 0 and done < steps:
+            save_checkpoint(file, turns, ema, done)
+    ema.swap()
+    file.unlink(missing_ok=True)
+
+
+def save_checkpoint(file, turns, ema, step):
+    """Everything a resumed stage needs: weights, moments, averages, the step."""
+    state = {"step": step, "count": ema.count, "shadow": ema.shadow,
+             "modules": [t.module.state_dict() for t in turns],
+             "optimizers": [t.optimizer.state_dict() for t in turns]}
+    write_file(file, lambda p: torch.save(state, p))
+
+
+def load_checkpoint(file, turns, ema):
+    """The inverse of `save_checkpoint`; returns the step to go on from."""
+    state = torch.load(file, map_location=device(), weights_only=True)
+    for turn, module, optimizer in zip(turns, state["modules"], state["optimizers"]):
+        turn.module.load_state_dict(module)
+        turn.optimizer.load_state_dict(optimizer)
+    ema.count, ema.shadow = state["count"], state["shadow"]
+    return state["step"]
