@@ -74,6 +74,8 @@ class Config:
     # training
     batch: int = 16
     learning_rate: float = 1e-4
+    student_learning_rate: float = 5e-5  # stages I and II
+    critic_learning_rate: float = 1e-4
     vae_learning_rate: float = 5e-4
     warmup: int = 200
     ema: float = 0.999
@@ -91,6 +93,8 @@ class Config:
     lambda_adv: float = 0.05             # GenDR-Pix, stage II: 0.05 / 1 / 0.1
     lambda_lpips: float = 1.0
     lambda_fourier: float = 0.1
+    shortcut: bool = True                # add the input to the U-Net's output
+    least_squares: bool = True           # start new ends in closed form
     lpips_net: str = "vgg"
     # the run
     seed: int = 0
@@ -102,16 +106,17 @@ class Config:
 PRESETS = {
     "small": {},
     "tiny": dict(
-        crop=128, pool=768, unet_widths=(64, 128, 192), unet_blocks=1, head_width=32,
+        crop=128, pool=768, unet_widths=(48, 96, 144), unet_blocks=1, head_width=48,
         groups=16, context_tokens=4, context_width=64, vae_widths=(16, 32, 64, 64),
         vae_blocks=1, vae_groups=8, lora_rank=16, estimator_width=16, batch=8,
-        learning_rate=1e-3, vae_learning_rate=1e-3, warmup=20, ema=0.99, vae_crop=64,
+        learning_rate=1e-3, student_learning_rate=3e-4,
+        critic_learning_rate=1e-3, vae_learning_rate=1e-3, warmup=20, ema=0.99, vae_crop=64,
         vae_steps=300, prior_steps=600, estimator_steps=400, gendr_steps=400,
         adc_steps=200, pix_steps=200, lpips_net="alex", precision="fp32",
         save_every=100, log_every=50),
     "full": dict(
         crop=512, pool=65_536, unet_widths=(320, 640, 1280, 1280), context_width=1024,
-        vae_widths=(128, 128, 256, 512), vae_skip=False, batch=8, learning_rate=1e-5,
+        vae_widths=(128, 128, 256, 512), vae_skip=False, shortcut=False, batch=8, learning_rate=1e-5,
         vae_learning_rate=1e-4, vae_crop=256, vae_steps=500_000, prior_steps=500_000,
         estimator_steps=20_000, gendr_steps=100_000, adc_steps=100_000,
         pix_steps=100_000),
@@ -408,6 +413,9 @@ class UNet(nn.Module):
                 nn.init.zeros_(m.conv2.weight)
             elif isinstance(m, Transformer):
                 nn.init.zeros_(m.proj_out.weight)
+        if cfg.shortcut:                     # and so does the step away from the input
+            nn.init.zeros_(self.conv_out.weight)
+            nn.init.zeros_(self.conv_out.bias)
 
     def encode(self, x, t, context):
         """The half before the skips return: (features, skips, time embedding)."""
@@ -583,21 +591,27 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def start_from_pca(self, images):
-        """Set the skips to the patches' principal axes: z = V^T (patch - mean)."""
-        x = rearrange(self.shuffle.encode(images), "b c h w -> (b h w) c").double()
+        """Set the skips to the patches' principal axes: z = V^T (K patch - mean).
+
+        K halves the chroma (`opponent`), as every codec does: a component is worth
+        what it saves in luma.  Logvar starts at -6, a posterior deviation of 0.05.
+        """
+        n, c = self.shuffle.channels, self.channels
+        basis = self.shuffle.decode(torch.eye(n, device=images.device)[:, :, None, None])
+        k = self.shuffle.encode(opponent(basis))[:, :, 0, 0].T.double()      # (192, 192)
+        x = rearrange(self.shuffle.encode(images), "b c h w -> (b h w) c").double() @ k.T
         mean = x.mean(0)
         variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-        top = slice(-self.channels, None)
-        gain = variance[top].mean().rsqrt()                    # unit mean variance
-        axes = axes[:, top].float() * 1.0
-        self.skip_in.weight.copy_((gain * axes.T)[:, :, None, None])
-        self.skip_in.bias.copy_(-gain * axes.T.double() @ mean)
-        self.skip_out.weight.copy_((axes / gain)[:, :, None, None])
-        self.skip_out.bias.copy_(mean)
+        axes, gain = axes[:, -c:], variance[-c:].mean().rsqrt()   # unit mean variance
+        self.skip_in.weight.copy_((gain * axes.T @ k)[:, :, None, None])
+        self.skip_in.bias.copy_(-gain * axes.T @ mean)
+        back = torch.linalg.inv(k)
+        self.skip_out.weight.copy_((back @ axes / gain)[:, :, None, None])
+        self.skip_out.bias.copy_(back @ mean)
         for conv in (self.quant_conv, self.decoder.conv_out):
             nn.init.zeros_(conv.weight)
             nn.init.zeros_(conv.bias)
-        self.quant_conv.bias[self.channels:] = -6.0            # posterior std 0.05
+        self.quant_conv.bias[c:] = -6.0
 
     def posterior(self, x):
         """q(z | x) = N(mean, exp(logvar)): two (B, 16, H/8, W/8), for training only."""
@@ -629,12 +643,13 @@ class ResShift(nn.Module):
 
     Input: x_t, scaled to unit variance (`input_scale`), beside y0: 2 C channels.  The
     U-Net reads t as 999 t / T, so that T meets Stable Diffusion's last timestep.
+    With cfg.shortcut the U-Net predicts x0 - y0 (small presets; not in the paper).
     """
 
     def __init__(self, cfg):
         super().__init__()
         self.chain = ResidualShift(cfg.steps, cfg.kappa, cfg.power)
-        self.pixel = cfg.space == "pixel"
+        self.pixel, self.shortcut = cfg.space == "pixel", cfg.shortcut
         channels = 3 * 4 ** (len(cfg.vae_widths) - 1) if self.pixel \
             else cfg.latent_channels
         self.unet = UNet(cfg, 2 * channels, channels)
@@ -643,7 +658,8 @@ class ResShift(nn.Module):
     def forward(self, x_t, y0, t, prompt=POSITIVE):
         scaled = x_t * self.chain.input_scale(t, x_t, self.pixel)
         context = self.prompts(prompt, len(y0))
-        return self.unet(torch.cat([scaled, y0], dim=1), self.unet_time(t), context)
+        out = self.unet(torch.cat([scaled, y0], dim=1), self.unet_time(t), context)
+        return y0 + out if self.shortcut else out
 
     def unet_time(self, t):
         """The chain's t = 1 .. T on Stable Diffusion's scale of 0 .. 999."""
@@ -916,6 +932,12 @@ def luma(x):
     """Full-range BT.601 luma of [0, 1] RGB: (B, 3, H, W) -> (B, 1, H, W)."""
     weights = torch.tensor([0.299, 0.587, 0.114]).to(x).view(1, 3, 1, 1)
     return (x * weights).sum(1, keepdim=True)
+
+
+def opponent(x):
+    """RGB with its chroma halved, luma unchanged: y + (x - y) / 2.  Not in the paper."""
+    y = luma(x)
+    return y + (x - y) / 2
 
 
 def studio_y(x):
@@ -1273,3 +1295,266 @@ def load_checkpoint(file, turns, ema):
         turn.optimizer.load_state_dict(optimizer)
     ema.count, ema.shadow = state["count"], state["shadow"]
     return state["step"]
+
+
+# ---- 9. Chapter 1: autoencoder and prior (read) --------------------------------------
+
+
+def noise_like(x, rng):
+    """N(0, I) in x's shape from a CPU generator, so that all devices draw alike."""
+    return torch.randn(x.shape, generator=rng).to(x)
+
+
+def train_vae(run, vae, pool):
+    """|| opponent(x - D(z)) ||^2 + KL weight * KL(q(z | x) || N(0, I)), on small crops.
+
+    Afterwards `scale` makes the encoded HQ crops' variance 1, once and for all.
+    """
+    cfg = run.cfg
+    if cfg.vae_skip:
+        vae.start_from_pca(pool.rows(torch.arange(min(512, len(pool))))["hq"])
+
+    def losses(batch, rng):
+        y, x = torch.randint(cfg.crop - cfg.vae_crop + 1, (2,), generator=rng).tolist()
+        hq = batch["hq"][:, :, y:y + cfg.vae_crop, x:x + cfg.vae_crop]
+        mean, logvar = vae.posterior(hq)
+        z = mean + (logvar / 2).exp() * noise_like(mean, rng)
+        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+        error = opponent(vae.decode(z * vae.scale) - hq).square().mean()
+        return {"mse": error, "kl": cfg.vae_kl * kl}
+    train(run, "vae", [Turn("vae", vae, losses, cfg.vae_learning_rate)], pool,
+          cfg.vae_steps)
+    with torch.no_grad():
+        z = vae.encode(pool.rows(torch.arange(min(64, len(pool))))["hq"])
+        vae.scale.copy_(z.std().reciprocal())
+
+
+def train_prior(run, prior, pool, watch=None):
+    """E_t || f(x_t, y0, t) - x0 ||^2, t uniform, on the pool's z_hq and z_lq.
+
+    The KL weights are left out, as the paper does.  A share cfg.negative of samples
+    has the negative prompt and the target y0 (S3Diff's trick; not in ResShift): that
+    is what the negative prompt means in the chapters to come.
+    """
+    cfg = run.cfg
+
+    def losses(batch, rng):
+        y0 = batch["z_lq"]
+        t = torch.randint(1, cfg.steps + 1, (len(y0),), generator=rng)
+        prompt, x0 = negatives(batch, "z_hq", "z_lq", rng, cfg)
+        x_t = prior.chain.q_sample(x0, y0, t, noise_like(x0, rng))
+        return {"mse": F.mse_loss(prior(x_t, y0, t, prompt), x0)}
+    train(run, "resshift", [Turn("prior", prior, losses, cfg.learning_rate)], pool,
+          cfg.prior_steps, watch)
+
+
+def negatives(batch, positive, negative, rng, cfg):
+    """S3Diff's online negatives: with probability p the target is the LQ itself.
+
+    Returns (prompt (B,), target): where the prompt is NEGATIVE the target is
+    batch[negative], elsewhere batch[positive].
+    """
+    target, size = batch[positive], len(batch[positive])
+    prompt = (torch.rand(size, generator=rng) < cfg.negative).long().to(target.device)
+    chosen = (prompt == NEGATIVE).view(-1, 1, 1, 1)
+    return prompt, torch.where(chosen, batch[negative], target)
+
+
+@torch.no_grad()
+def error_by_time(prior, pool, cfg):
+    """Mean squared error of x0 for every t = 1 .. T, on 64 pairs: a list of T floats."""
+    rng = torch.Generator().manual_seed(0)
+    rows, errors = pool.rows(torch.arange(min(64, len(pool)))), []
+    x0, y0 = rows["z_hq"], rows["z_lq"]
+    noise = noise_like(x0, rng)
+    for step in range(1, cfg.steps + 1):
+        t = torch.full((len(x0),), step)
+        x_t = prior.chain.q_sample(x0, y0, t, noise)
+        errors.append(F.mse_loss(prior(x_t, y0, t), x0).item())
+    return errors
+
+
+def chapter(run, name, model, teach):
+    """The model with its weights: loaded if runs/NAME holds them, else taught now."""
+    file = run.folder / f"{name}.safetensors"
+    if file.exists():
+        load_weights(model, file)
+        print(f"{name}: loaded")
+    else:
+        teach(model)
+        save_weights(model, file)
+    return model.requires_grad_(False).eval()
+
+
+def chapter_one(run, pool, pairs):
+    """(end, prior): train what is missing.  `pool` gains z_hq and z_lq."""
+    cfg = run.cfg
+    end = build_end(cfg, cfg.space)
+    if cfg.space == "latent":
+        end = chapter(run, "vae", end.to(device()), lambda m: train_vae(run, m, pool))
+    pool.add("z_hq", lambda rows: end.encode(rows["hq"]))
+    pool.add("z_lq", lambda rows: end.encode(rows["lq_up"]))
+    prior = ResShift(cfg).to(device())
+
+    def watch():
+        return {"psnr": mean_psnr(lambda p: sample(prior, end, p.lq, cfg), pairs[:3]),
+                "bicubic": mean_psnr(lambda p: upsample(p.lq, cfg.scale), pairs[:3])}
+
+    def teach(model):
+        train_prior(run, model, pool, watch)
+        errors = error_by_time(model, pool, cfg)
+        run.log("resshift", cfg.prior_steps,
+                {f"mse at t={i + 1}": e for i, e in enumerate(errors)})
+        print("mse of x0 at t = 1 .. T:", " ".join(f"{e:.3f}" for e in errors))
+    return end, chapter(run, "resshift", prior, teach)
+
+
+def mean_psnr(method, pairs):
+    """Mean PSNR of method(pair) over held-out pairs, dB."""
+    values = [psnr(to_unit(method(p)), to_unit(p.hq)) for p in pairs]
+    return torch.cat(values).mean().item()
+
+
+@torch.no_grad()
+def sample(prior, end, lq, cfg, seed=0):
+    """The whole chain: lq (1, 3, h, w) -> (1, 3, s h, s w) in [-1, 1], T steps."""
+    x = upsample(lq, cfg.scale)
+    y0 = end.encode(pad_to(x, end.factor))
+    z = prior.chain.sample(prior, y0, torch.Generator().manual_seed(seed))
+    return end.decode(z)[:, :, :x.shape[2], :x.shape[3]].clamp(-1, 1)
+
+
+def pad_to(x, multiple):
+    """x with its right and bottom edge repeated up to a multiple: (B, C, H', W')."""
+    h, w = (-n % multiple for n in x.shape[2:])
+    return F.pad(x, (0, w, 0, h), mode="replicate")
+
+
+@torch.no_grad()
+def evaluate(methods, pairs, lpips):
+    """{method: {"psnr", "ssim", "lpips": mean, "each": [...], "pictures": [...]}}.
+
+    methods: {name: function of a `Held` pair -> (1, 3, H, W) in [-1, 1]}.
+    """
+    table = {}
+    for name, method in methods.items():
+        pictures = [method(pair).float().clamp(-1, 1) for pair in pairs]
+        each = [{"psnr": psnr(to_unit(y), to_unit(p.hq)).item(),
+                 "ssim": ssim(to_unit(y), to_unit(p.hq)).item(),
+                 "lpips": lpips(y, p.hq).item()} for y, p in zip(pictures, pairs)]
+        mean = {k: sum(e[k] for e in each) / len(each) for k in each[0]}
+        table[name] = {**mean, "each": each, "pictures": pictures}
+    return table
+
+
+def print_table(table, lpips_name):
+    """One row a method: PSNR, SSIM, LPIPS, means over the held-out photos."""
+    print(f"\n{'held-out photos, mean':24s} {'PSNR':>7s} {'SSIM':>7s}  {lpips_name}")
+    for name, row in table.items():
+        print(f"{name:24s} {row['psnr']:7.2f} {row['ssim']:7.4f}  {row['lpips']:.4f}")
+
+
+# ---- 10. Command line (skim) ---------------------------------------------------------
+
+
+def config_parser(description):
+    """--tiny, --full, --run, and a flag for every number of `Config`."""
+    parser = argparse.ArgumentParser(
+        description=description.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--tiny", dest="preset", action="store_const", const="tiny",
+                      default="small", help="the preset for a CPU, minutes")
+    size.add_argument("--full", dest="preset", action="store_const", const="full",
+                      help="the preset at Stable Diffusion's size")
+    parser.add_argument("--run", help="folder of the run (default: runs/PRESET)")
+    numbers = parser.add_argument_group("numbers (default < preset < flag)")
+    for field in dataclasses.fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        kind = type(field.default)
+        if kind is tuple:
+            numbers.add_argument(flag, type=int, nargs="+", default=None)
+        elif kind is bool:
+            numbers.add_argument(flag, action=argparse.BooleanOptionalAction,
+                                 default=None)
+        else:
+            numbers.add_argument(flag, type=kind, default=None)
+    return parser
+
+
+def config_from(args):
+    """The `Config` of parsed arguments: default < preset < explicit flag."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
+             if getattr(args, f.name) is not None}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return dataclasses.replace(preset(args.preset), **given)
+
+
+def config_of(folder):
+    """The `Config` that a run was trained with."""
+    try:
+        values = json.loads((Path(folder) / "config.json").read_text())
+    except OSError:
+        raise UserError(f"{folder}: no run here; train first") from None
+    return Config(**{k: tuple(v) if isinstance(v, list) else v
+                     for k, v in values.items()})
+
+
+def load_chapter_one(folder):
+    """(cfg, end, prior) of a finished run."""
+    cfg, folder = config_of(folder), Path(folder)
+    end = build_end(cfg, cfg.space)
+    if cfg.space == "latent":
+        load_weights(end, folder / "vae.safetensors").to(device())
+        end.requires_grad_(False)
+    prior = load_weights(ResShift(cfg), folder / "resshift.safetensors").to(device())
+    return cfg, end, prior.requires_grad_(False)
+
+
+def save_picture(y, path, alpha=None):
+    """Write (1, 3, H, W) in [-1, 1], with an alpha channel (Pillow, mode L) if given."""
+    picture = to_pil(y)
+    if alpha is not None:
+        picture.putalpha(alpha.resize(picture.size, Image.BICUBIC))
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot write this picture ({error})") from None
+
+
+def command_line(main):
+    """Run main(); a `UserError` is one line on stderr and exit code 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+
+
+def main():
+    """python resshift.py: train and evaluate chapter 1, or restore one picture."""
+    parser = config_parser(__doc__)
+    parser.add_argument("--train", action="store_true", help="train and evaluate")
+    parser.add_argument("--input", help="a picture to restore")
+    parser.add_argument("--output", default="up.png", help="where to write it")
+    args = parser.parse_args()
+    folder = args.run or f"runs/{args.preset}"
+    if args.input:
+        cfg, end, prior = load_chapter_one(folder)
+        lq = read_picture(args.input).to(device())
+        save_picture(sample(prior, end, lq, cfg), args.output)
+        return 0
+    if not args.train:
+        parser.error("nothing to do: --train, or --input with --output")
+    cfg = config_from(args)
+    torch.manual_seed(cfg.seed)
+    run, pairs = Run(folder, cfg), held_out(cfg)
+    end, prior = chapter_one(run, Pool(cfg), pairs)
+    perceptual = Perceptual(cfg.lpips_net).to(device())
+    methods = {"bicubic": lambda p: upsample(p.lq, cfg.scale),
+               "ResShift": lambda p: sample(prior, end, p.lq, cfg)}
+    print_table(evaluate(methods, pairs, perceptual), perceptual.name)
+    return 0
+
+
+if __name__ == "__main__":
+    command_line(main)
