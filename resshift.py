@@ -106,12 +106,12 @@ class Config:
 PRESETS = {
     "small": {},
     "tiny": dict(
-        crop=128, pool=768, unet_widths=(48, 96, 144), unet_blocks=1, head_width=48,
+        crop=128, pool=2048, degradation="real-esrgan", kappa=0.5, unet_widths=(48, 96, 144), unet_blocks=1, head_width=48,
         groups=16, context_tokens=4, context_width=64, vae_widths=(16, 32, 64, 64),
         vae_blocks=1, vae_groups=8, lora_rank=16, estimator_width=16, batch=8,
         learning_rate=1e-3, student_learning_rate=3e-4,
         critic_learning_rate=1e-3, vae_learning_rate=1e-3, warmup=20, ema=0.99, vae_crop=64,
-        vae_steps=300, prior_steps=600, estimator_steps=400, gendr_steps=400,
+        vae_steps=300, prior_steps=500, estimator_steps=400, gendr_steps=500,
         adc_steps=200, pix_steps=200, lpips_net="alex", precision="fp32",
         save_every=100, log_every=50),
     "full": dict(
@@ -1017,7 +1017,7 @@ class Pool:
     A frozen network's outputs on the pool need computing only once: `add` keeps them.
     """
 
-    def __init__(self, cfg, show=True):
+    def __init__(self, cfg):
         self.cfg, rng = cfg, torch.Generator().manual_seed(cfg.seed)
         photos = [to_bytes(read_picture(f)) for f in picture_files(cfg.train_data)]
         photos = [p for p in photos if min(p.shape[2:]) >= cfg.crop]
@@ -1025,8 +1025,8 @@ class Pool:
             raise UserError(f"{cfg.train_data}: no picture has a {cfg.crop} pixel crop")
         dice, pairs = Dice(rng), []
         areas = [float(p.shape[2] * p.shape[3]) for p in photos]
-        for _ in tqdm(range(cfg.pool), "degraded pairs", disable=None if show else True):
-            hq = from_bytes(random_crop(dice.pick(photos, areas), cfg.crop, dice))
+        for _ in tqdm(range(cfg.pool), "degraded pairs", disable=None):
+            hq = random_crop(from_bytes(dice.pick(photos, areas)), cfg.crop, dice)
             lq, scores = degrade(hq, cfg, rng)
             pairs.append((to_bytes(hq), to_bytes(lq), scores))
         hq, lq, scores = (torch.cat(column) for column in zip(*pairs))
@@ -1064,11 +1064,21 @@ class Pool:
 
 
 def random_crop(photo, size, dice):
-    """A random size x size crop of photo (1, 3, H, W), turned and mirrored at random."""
+    """A size x size crop of photo (1, 3, H, W): shrunk, turned, mirrored, recoloured.
+
+    Half of the crops come from a photo scaled down by 1 .. 0.5, half get their colour
+    channels permuted: few photographs must teach many.
+    """
+    if dice.chance(0.5):
+        factor = dice.uniform(max(0.5, size / min(photo.shape[2:])), 1)
+        shape = [max(size, round(n * factor)) for n in photo.shape[2:]]
+        photo = F.interpolate(photo, size=shape, mode="bicubic", antialias=True)
     y, x = (int(dice.uniform(0, n - size + 1)) for n in photo.shape[2:])
     crop = photo[:, :, y:y + size, x:x + size]
     crop = torch.rot90(crop, dice.pick(range(4)), (2, 3))
-    return crop.flip(3) if dice.chance(0.5) else crop
+    if dice.chance(0.5):
+        crop = crop[:, torch.randperm(3, generator=dice.generator)]
+    return (crop.flip(3) if dice.chance(0.5) else crop).clamp(-1, 1)
 
 
 @dataclass(frozen=True)
