@@ -41,7 +41,7 @@ from resshift import (
     NEGATIVE, POSITIVE, Perceptual, PixelShuffle, Pool, Run, Turn, UserError, chapter,
     chapter_one, command_line, config_from, config_parser, device, evaluate, from_pil,
     held_out, load_chapter_one, load_weights, mean_psnr, negatives, open_picture,
-    pad_to, print_table, sample, save_picture, to_pil, to_unit, train, upsample,
+    pad_to, print_table, sample, save_picture, to_pil, train, upsample,
     write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
@@ -129,7 +129,7 @@ class LoRALayer(nn.Module):
         if self.plain is not None:                             # folded
             return y
         a = self.A(x)
-        if self.matrix is not None:                            # a: (B, r, h, w), (B, n, r)
+        if self.matrix is not None:              # a: (B, r, h, w) or (B, n, r)
             rule = "bij,bihw->bjhw" if a.dim() == 4 else "bij,bni->bnj"
             a = torch.einsum(rule, self.matrix.to(a.dtype), a)
         return y + self.scale * self.B(a)
@@ -165,10 +165,11 @@ class DegradationLoRA(nn.Module):
         blocks = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
         blocks += ["mid_block"]
         blocks += [f"up_blocks.{i}" for i in range(len(unet.up_blocks))] + ["conv_out"]
-        self.block_of = {}                                     # layer name -> block index
+        self.block_of = {}                       # layer name -> index of its block
         for name, layer in list(unet.named_modules()):
-            target = isinstance(layer, (nn.Conv2d, nn.Linear)) and "time_emb" not in name
-            if target and name != "conv_in":
+            if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+                continue
+            if "time_emb" not in name and name != "conv_in":
                 parent, _, child = name.rpartition(".")
                 setattr(unet.get_submodule(parent), child,
                         LoRALayer(layer, cfg.lora_rank))
@@ -190,7 +191,7 @@ def lora_layers(module):
 
 @torch.no_grad()
 def fold(model, scores):
-    """Merge the LoRA of a `Restorer` for one image's scores (1, 2): the plain U-Net runs.
+    """Merge a `Restorer`'s LoRA for one image's scores (1, 2): the plain U-Net runs.
 
     W' = W + s B M^T A costs one small product a layer, once an image.  Undo: `unfold`.
     """
@@ -312,7 +313,7 @@ def new_conv(old, in_channels=None, out_channels=None):
 def pixel_input(teacher, cfg, lq_up=None):
     """Stage I's student: the teacher with pixel-unshuffle in place of its encoder.
 
-    conv_in (192 channels) and the shortcut start by least squares on lq_up (B, 3, H, W):
+    conv_in (192 channels) and the shortcut start by least squares on lq_up:
     conv_in'(unshuffle(x)) near conv_in(encode(x)), shortcut'(unshuffle(x)) near
     shortcut(encode(x)).  Not in the paper; `cfg.least_squares` off: torch's start.
     Without lq_up only the structure is built, for weights to be loaded into.
@@ -380,7 +381,7 @@ def rand_pad(x, ph, pw):
 
 
 def fourier_mask(h, w, factor=8):
-    """M (h, w) in {0, 1} over fft2's bins: 1 near the lattice (k h/8, l w/8) but (0, 0).
+    """M (h, w) over fft2's bins: 1 near the lattice (k h/8, l w/8) but (0, 0), else 0.
 
     One wrong weight of the last layer repeats in every 8x8 patch: its energy sits
     within one bin of those points.  Radius 1 and the exception are not in the paper.
@@ -392,7 +393,7 @@ def fourier_mask(h, w, factor=8):
         return torch.minimum(distance, n - distance) <= 1
     rows, columns = near(h), near(w)
     mask = torch.einsum("uk,vl->uvkl", rows.float(), columns.float()).flatten(2) > 0
-    return mask[:, :, 1:].any(2).float()                       # the first point is (0, 0)
+    return mask[:, :, 1:].any(2).float()         # the first point is (0, 0)
 
 
 def masked_fourier_loss(y_student, y_teacher, factor=8):
@@ -525,7 +526,8 @@ def train_adc(run, teacher, student, pool, watch):
 
     def generator(batch, rng):
         prompt, target = negatives(batch, "z_tea", "z_lq", rng, cfg)
-        z = student.step(student.end_in.encode(batch["lq_up"]), batch["estimate"], prompt)
+        h = student.end_in.encode(batch["lq_up"])
+        z = student.step(h, batch["estimate"], prompt)
         return {"l1": F.l1_loss(z, target),
                 "adv": cfg.lambda_adv * adversary.generator_loss(z)}
 
@@ -537,7 +539,7 @@ def train_adc(run, teacher, student, pool, watch):
 
 
 def train_pix(run, teacher, student, pool, lpips, watch):
-    """Stage II: L_G2 = || y_tea - y_stu ||_1 + l1 softplus(-D(y_stu)) + l2 L_P + l3 L_F.
+    """Stage II: L_G2 = ||y_tea - y_stu||_1 + l1 softplus(-D(y_stu)) + l2 L_P + l3 L_F.
 
     Teacher: GenDR's pictures (in the pool).  Critic: GenDR-Adc's features, which eats
     pictures through pixel-unshuffle; fake and real take the same random padding.
@@ -769,7 +771,8 @@ def checks(table, bench, lattice):
 
     def lpips(name, base, floor, bar):
         change = 100 * (1 - t[name]["lpips"] / t[base]["lpips"])
-        rows.append(Check(f"{name}, LPIPS lower than {base} by", change, floor, bar, "%"))
+        rows.append(Check(f"{name}, LPIPS lower than {base} by", change, floor, bar,
+                          "%"))
     tiny = 1e-9                          # "better" is strictly more than 0
     versus("ResShift", "bicubic", tiny, tiny)
     lpips("ResShift", "bicubic", nan, tiny)
@@ -805,7 +808,7 @@ def print_checks(rows):
 
 
 def draw_report(table, pairs, lpips_name, file, crop=112, rows=6):
-    """report.png: a row a held-out photo, a column a method, PSNR / LPIPS below each."""
+    """report.png: a row a photo, a column a method, PSNR / LPIPS below each."""
     from matplotlib.figure import Figure
     columns = ["LQ", "bicubic", "ResShift", "GenDR", "GenDR-Adc", "GenDR-Pix", "HQ"]
     pairs = pairs[:rows]
@@ -950,13 +953,14 @@ def restore_file(args, folder):
 def main():
     """python gendr_pix.py: train, evaluate, measure, or restore one picture."""
     parser = config_parser(__doc__)
-    parser.add_argument("--train", action="store_true", help="all chapters, then --eval")
+    parser.add_argument("--train", action="store_true", help="all chapters, and --eval")
     parser.add_argument("--eval", action="store_true", help="the table of a run")
     parser.add_argument("--bench", action="store_true", help="time and memory of a run")
     parser.add_argument("--size", type=int, default=512, help="--bench: output pixels")
     parser.add_argument("--input", help="a picture to restore")
     parser.add_argument("--output", default="up.png", help="where to write it")
-    parser.add_argument("--tile", type=int, default=0, help="restore in squares of this")
+    parser.add_argument("--tile", type=int, default=0,
+                        help="restore in squares of this many output pixels")
     parser.add_argument("--passes", type=int, choices=(1, 2), default=1,
                         help="2: guidance by PadCFG")
     args = parser.parse_args()

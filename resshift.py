@@ -1,4 +1,4 @@
-"""ResShift: image super-resolution by shifting the residual (chapter 1, complete in itself).
+"""ResShift: super-resolution by shifting the residual (chapter 1, complete in itself).
 
 A restored photograph is the end of a short Markov chain that starts at the degraded
 one.  This file holds the chain, its U-Net, the two kinds of ends (a VAE, or plain
@@ -8,9 +8,9 @@ and one training loop.  `gendr_pix.py` (chapters 2 to 4) imports its names from 
 Papers: ResShift, arXiv 2307.12348 (NeurIPS 2023), journal version 2403.07319.
         Degradation: Real-ESRGAN, arXiv 2107.10833; mild ranges: S3Diff, 2409.17058.
 
-    python resshift.py --train --tiny                   train on tiny_data/, then evaluate
-    python resshift.py --train --tiny --space pixel     the same without an autoencoder
-    python resshift.py --input lq.png --output up.png   restore one picture
+    python resshift.py --train --tiny                   train on tiny_data/, evaluate
+    python resshift.py --train --tiny --space pixel     the same without autoencoder
+    python resshift.py --tiny --input lq.png            restore one picture to up.png
 
 Symbols: B batch, C channels, H W full resolution, h w latent resolution, f = 8;
          x0 clean, y0 degraded (upsampled to x0's size), e0 = y0 - x0, t = 1 .. T.
@@ -106,17 +106,20 @@ class Config:
 PRESETS = {
     "small": {},
     "tiny": dict(
-        crop=128, pool=2048, degradation="real-esrgan", kappa=0.5, unet_widths=(48, 96, 144), unet_blocks=1, head_width=48,
+        crop=128, pool=2048, degradation="real-esrgan", kappa=0.1,
+        unet_widths=(48, 96, 144), unet_blocks=1, head_width=48,
         groups=16, context_tokens=4, context_width=64, vae_widths=(16, 32, 64, 64),
         vae_blocks=1, vae_groups=8, lora_rank=16, estimator_width=16, batch=8,
         learning_rate=1e-3, student_learning_rate=3e-4,
-        critic_learning_rate=1e-3, vae_learning_rate=1e-3, warmup=20, ema=0.99, vae_crop=64,
+        critic_learning_rate=1e-3, vae_learning_rate=1e-3, warmup=20, ema=0.99,
+        vae_crop=64,
         vae_steps=300, prior_steps=500, estimator_steps=400, gendr_steps=500,
         adc_steps=200, pix_steps=200, lpips_net="alex", precision="fp32",
         save_every=100, log_every=50),
     "full": dict(
         crop=512, pool=65_536, unet_widths=(320, 640, 1280, 1280), context_width=1024,
-        vae_widths=(128, 128, 256, 512), vae_skip=False, shortcut=False, batch=8, learning_rate=1e-5,
+        vae_widths=(128, 128, 256, 512), vae_skip=False, shortcut=False, batch=8,
+        learning_rate=1e-5,
         vae_learning_rate=1e-4, vae_crop=256, vae_steps=500_000, prior_steps=500_000,
         estimator_steps=20_000, gendr_steps=100_000, adc_steps=100_000,
         pix_steps=100_000),
@@ -248,7 +251,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v over tokens (B, N, C); context None: self-attention."""
+    """softmax(q k^T / sqrt(d)) v over tokens (B, N, C), of x itself or of context."""
 
     def __init__(self, width, heads, context_width=None, bias=False):
         super().__init__()
@@ -337,7 +340,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour to `size` (its skip's, which may be odd), then a convolution."""
+    """Nearest neighbour to `size` (the skip's, perhaps odd), then a convolution."""
 
     def __init__(self, width):
         super().__init__()
@@ -371,7 +374,8 @@ class TimeEmbedding(nn.Module):
     def forward(self, t):
         i = torch.arange(self.half, device=t.device, dtype=torch.float32)
         angle = t.float()[:, None] * torch.exp(-math.log(10000) * i / self.half)
-        emb = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.linear_1.weight.dtype)
+        emb = torch.cat([angle.cos(), angle.sin()], dim=1)
+        emb = emb.to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(emb)))
 
 
@@ -597,9 +601,11 @@ class VAE(nn.Module):
         what it saves in luma.  Logvar starts at -6, a posterior deviation of 0.05.
         """
         n, c = self.shuffle.channels, self.channels
-        basis = self.shuffle.decode(torch.eye(n, device=images.device)[:, :, None, None])
-        k = self.shuffle.encode(opponent(basis))[:, :, 0, 0].T.double()      # (192, 192)
-        x = rearrange(self.shuffle.encode(images), "b c h w -> (b h w) c").double() @ k.T
+        eye = torch.eye(n, device=images.device)[:, :, None, None]
+        k = self.shuffle.encode(opponent(self.shuffle.decode(eye)))
+        k = k[:, :, 0, 0].T.double()                           # (192, 192)
+        x = rearrange(self.shuffle.encode(images), "b c h w -> (b h w) c").double()
+        x = x @ k.T
         mean = x.mean(0)
         variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
         axes, gain = axes[:, -c:], variance[-c:].mean().rsqrt()   # unit mean variance
@@ -621,7 +627,7 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, x):
-        """x (B, 3, H, W) -> z (B, 16, H/8, W/8): the mean, never a sample, times scale."""
+        """(B, 3, H, W) -> z (B, 16, H/8, W/8): scale times the mean, never a sample."""
         return self.posterior(x)[0] * self.scale               # scale: unit variance
 
     def decode(self, z):
@@ -689,7 +695,8 @@ RANGES = {
     "mild": Ranges(
         sigma=((0.2, 1.5), (0.2, 1.0)), shape=((0.5, 2.0), (1.0, 1.5)),
         resize=((0.3, 1.5), (0.6, 1.2)), gaussian=((1, 15), (1, 12)),
-        poisson=((0.05, 2.0), (0.05, 1.0)), jpeg=((60, 95), (60, 100)), second_blur=0.5),
+        poisson=((0.05, 2.0), (0.05, 1.0)), jpeg=((60, 95), (60, 100)),
+        second_blur=0.5),
 }
 KERNELS = {"iso": 0.45, "aniso": 0.25, "generalised iso": 0.12,
            "generalised aniso": 0.03, "plateau iso": 0.12, "plateau aniso": 0.03}
@@ -720,7 +727,7 @@ class Dice:
 
 
 def gaussian_kernel(size, sigma_x, sigma_y, theta, kind, shape):
-    """exp(-u^s / 2) or 1 / (1 + u^s), u = x^T Sigma^-1 x, summing to 1: (size, size)."""
+    """exp(-u^s / 2) or 1 / (1 + u^s), u = x^T Sigma^-1 x, normalised: (size, size)."""
     r = torch.arange(size) - size // 2
     y, x = torch.meshgrid(r.float(), r.float(), indexing="ij")
     a = (x * math.cos(theta) + y * math.sin(theta)) / sigma_x
@@ -935,7 +942,7 @@ def luma(x):
 
 
 def opponent(x):
-    """RGB with its chroma halved, luma unchanged: y + (x - y) / 2.  Not in the paper."""
+    """RGB with its chroma halved: y + (x - y) / 2, y its luma.  Not in the paper."""
     y = luma(x)
     return y + (x - y) / 2
 
@@ -1207,7 +1214,7 @@ class Turn:
         self.optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, cfg.clip)
-        if not torch.isfinite(norm):                           # synchronises once a step
+        if not torch.isfinite(norm):                           # one sync a step
             bad = [k for k, v in losses.items() if not torch.isfinite(v)]
             raise FloatingPointError(f"{self.name}: not finite: "
                                      f"{', '.join(bad) or 'the gradient'}")
@@ -1263,7 +1270,8 @@ def train(run, stage, turns, pool, steps, watch=None):
     bar = tqdm(range(first, steps), stage, steps, initial=first, disable=None)
     started, mean = time.time(), {}
     for step in bar:
-        rng = torch.Generator().manual_seed((cfg.seed * 1_000_003 + salt) * 10 ** 7 + step)
+        seed = (cfg.seed * 1_000_003 + salt) * 10 ** 7 + step
+        rng = torch.Generator().manual_seed(seed)
         batch, losses = pool.batch(rng), {}
         for turn in turns:
             rate = learning_rate_factor(step, steps, cfg.warmup)
@@ -1372,7 +1380,7 @@ def negatives(batch, positive, negative, rng, cfg):
 
 @torch.no_grad()
 def error_by_time(prior, pool, cfg):
-    """Mean squared error of x0 for every t = 1 .. T, on 64 pairs: a list of T floats."""
+    """Mean squared error of x0 for every t = 1 .. T, on 64 pairs: T floats."""
     rng = torch.Generator().manual_seed(0)
     rows, errors = pool.rows(torch.arange(min(64, len(pool)))), []
     x0, y0 = rows["z_hq"], rows["z_lq"]
@@ -1522,7 +1530,7 @@ def load_chapter_one(folder):
 
 
 def save_picture(y, path, alpha=None):
-    """Write (1, 3, H, W) in [-1, 1], with an alpha channel (Pillow, mode L) if given."""
+    """Write (1, 3, H, W) in [-1, 1], with an alpha channel (Pillow's L) if given."""
     picture = to_pil(y)
     if alpha is not None:
         picture.putalpha(alpha.resize(picture.size, Image.BICUBIC))

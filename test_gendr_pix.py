@@ -1,0 +1,837 @@
+"""Tests of resshift.py and gendr_pix.py, in the order of the files.
+
+Every test compares with an oracle: a closed form, Bayes' rule, another implementation,
+or a case worked by hand.  No GPU, no downloads:  python -m pytest -q
+"""
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import gendr_pix as g
+import resshift as r
+
+HERE = Path(__file__).parent
+MICRO = dataclasses.replace(
+    r.preset("tiny"), crop=32, pool=4, batch=4, steps=4, unet_widths=(16, 32),
+    head_width=16, groups=8, context_tokens=2, context_width=8,
+    vae_widths=(8, 8, 8, 16), vae_groups=4, vae_crop=32, lora_rank=4,
+    estimator_width=4, save_every=2, log_every=100, warmup=1, seed=3)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=rng(seed))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def in_project(monkeypatch):
+    monkeypatch.chdir(HERE)
+
+
+def close(a, b, tolerance=1e-6):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ---- resshift.py, 1: numbers ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "full"])
+def test_presets_hold_every_part(name):
+    cfg = r.preset(name)
+    assert len(cfg.unet_widths) >= 2 and cfg.context_tokens > 0 and cfg.lora_rank > 0
+    assert min(cfg.lambda_adv, cfg.lambda_lpips, cfg.lambda_fourier, cfg.negative) > 0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.crop = 1
+
+
+# ---- resshift.py, 2: the chain -------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps, kappa, power", [(15, 2.0, 0.3), (4, 0.5, 1.0)])
+def test_composed_steps_have_the_marginals_mean_and_variance(steps, kappa, power):
+    chain = r.ResidualShift(steps, kappa, power)
+    x0, y0 = randn(2, 3, 4, 4, seed=1), randn(2, 3, 4, 4, seed=2)
+    zero, one = torch.zeros_like(x0), torch.ones_like(x0)
+    x, variance = x0, 0.0
+    for step in range(1, steps + 1):
+        t = torch.full((2,), step)
+        mean = chain.q_step(x, x0, y0, t, zero)
+        variance = variance + (chain.q_step(x, x0, y0, t, one) - mean) ** 2
+        x = mean
+        close(x, chain.q_sample(x0, y0, t, zero), 1e-5)
+        close(variance, (chain.q_sample(x0, y0, t, one) - x) ** 2, 1e-4)
+
+
+def test_posterior_is_bayes_rule_on_two_gaussians():
+    chain = r.ResidualShift(6, 1.5, 0.5)
+    x0, y0, x_t = (randn(1, 1, 2, 2, seed=s).double() for s in (1, 2, 3))
+    for step in range(2, 7):
+        t = torch.tensor([step])
+        eta, alpha = chain.eta.double(), chain.alpha.double()
+        prior_mean = x0 + eta[step - 1] * (y0 - x0)
+        prior_var, step_var = 1.5 ** 2 * eta[step - 1], 1.5 ** 2 * alpha[step]
+        seen = x_t - alpha[step] * (y0 - x0)         # x_t = x_(t-1) + alpha e0 + noise
+        var = 1 / (1 / prior_var + 1 / step_var)
+        mean = var * (prior_mean / prior_var + seen / step_var)
+        got_mean, got_var = chain.posterior(x_t, x0, t)
+        close(got_mean, mean, 1e-5)
+        close(got_var.double(), var.view(1, 1, 1, 1), 1e-5)
+
+
+def test_schedule_rises_between_its_ends():
+    chain = r.ResidualShift(15, 2.0, 0.3)
+    assert chain.eta.shape == chain.alpha.shape == (16,) and chain.eta[0] == 0
+    assert (chain.eta[1:] > chain.eta[:-1]).all()
+    close(chain.eta[1], torch.tensor(0.02 ** 2))
+    close(chain.eta[15], torch.tensor(0.999))
+    close(chain.alpha.cumsum(0), chain.eta, 1e-6)
+    close(r.ResidualShift(15, 0.5).eta[1], torch.tensor(0.001))     # the cap
+
+
+def test_schedule_of_the_released_four_step_model():
+    chain = r.ResidualShift(4, 2.0, 0.3, eta_1=0.1 ** 2, eta_T=0.99 ** 2)
+    close(chain.eta[1:].sqrt(), torch.tensor([0.1, 0.520096, 0.761382, 0.99]), 1e-6)
+    x = torch.zeros(4, 1, 1, 1)
+    variance = chain.posterior(x, x, torch.arange(1, 5))[1].flatten()
+    close(variance, torch.tensor([0.0, 0.038521, 0.577119, 0.947297]), 2e-6)
+
+
+def test_last_step_is_the_prediction_itself():
+    chain, x_t, x0 = r.ResidualShift(), randn(1, 1, 2, 2), randn(1, 1, 2, 2, seed=1)
+    mean, variance = chain.posterior(x_t, x0, torch.tensor([1]))
+    assert variance.item() == 0
+    close(mean, x0, 1e-6)
+
+
+def test_sampling_with_the_true_x0_returns_it_and_repeats_under_a_generator():
+    chain, x0, y0 = r.ResidualShift(), randn(2, 1, 4, 4), randn(2, 1, 4, 4, seed=1)
+    close(chain.sample(lambda x, y, t: x0, y0, rng(5)), x0, 1e-6)
+    a, b, c = (chain.sample(lambda x, y, t: 0.5 * x, y0, rng(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_prior_sample_has_the_marginals_spread():
+    chain, y0 = r.ResidualShift(15, 2.0), torch.zeros(1, 1, 200, 200)
+    x = chain.prior_sample(y0, randn(1, 1, 200, 200))
+    assert abs(x.std().item() - 2 * math.sqrt(0.999)) < 0.03
+
+
+def test_input_scale_gives_unit_variance():
+    chain = r.ResidualShift(15, 2.0)
+    for step in (1, 8, 15):
+        x0, noise = randn(1, 1, 300, 300, seed=1), randn(1, 1, 300, 300, seed=2)
+        t = torch.tensor([step])
+        x_t = chain.q_sample(x0, x0, t, noise) * chain.input_scale(t, x0)
+        assert abs(x_t.std().item() - 1) < 0.01
+
+
+def test_bad_schedules_are_refused():
+    for bad in (dict(steps=1), dict(eta_1=0.5, eta_T=0.4), dict(eta_T=1.5)):
+        with pytest.raises(ValueError):
+            r.ResidualShift(**bad)
+
+
+# ---- resshift.py, 3 and 4: the networks ----------------------------------------------
+
+
+def wake(module):
+    """Give every parameter random values: the zero starts would hide errors."""
+    for i, p in enumerate(module.parameters()):
+        nn.init.normal_(p, std=0.1, generator=rng(i))
+    return module
+
+
+def test_unet_and_vae_equal_diffusers():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    cfg = dataclasses.replace(MICRO, unet_widths=(16, 32, 32, 32), unet_blocks=2,
+                              vae_blocks=2, vae_skip=False, shortcut=False)
+    down = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    theirs = wake(diffusers.UNet2DConditionModel(
+        in_channels=5, out_channels=6, block_out_channels=cfg.unet_widths,
+        norm_num_groups=cfg.groups, cross_attention_dim=cfg.context_width,
+        attention_head_dim=tuple(w // cfg.head_width for w in cfg.unet_widths),
+        use_linear_projection=True, down_block_types=down,
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)).eval()
+    ours = r.UNet(cfg, 5, 6)
+    ours.load_state_dict(theirs.state_dict())
+    x, context = randn(2, 5, 16, 24), randn(2, 7, cfg.context_width)
+    t = torch.tensor([7, 999])
+    with torch.no_grad():
+        close(ours(x, t, context), theirs(x, t, context).sample, 1e-5)
+    theirs = wake(diffusers.AutoencoderKL(
+        latent_channels=16, block_out_channels=cfg.vae_widths, layers_per_block=2,
+        norm_num_groups=cfg.vae_groups, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4)).eval()
+    ours = r.VAE(cfg)
+    ours.load_state_dict(theirs.state_dict() | {"scale": torch.ones(())})
+    x = randn(1, 3, 32, 40)
+    with torch.no_grad():
+        z = ours.encode(x)
+        close(z, theirs.encode(x).latent_dist.mean, 1e-5)
+        close(ours.decode(z), theirs.decode(z).sample, 1e-5)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_full_size_has_the_papers_parameter_counts():
+    cfg = r.preset("full")
+    with torch.device("meta"):
+        unet, vae = r.UNet(cfg, 192, 192), r.VAE(cfg)
+        base = r.UNet(cfg, 4, 4)
+        names = set(dict(base.named_parameters()))
+        lora = g.DegradationLoRA(base, cfg)
+    assert round(count(unet) / 1e6, 2) == 866.99
+    assert count(vae) == 57_266_643
+    assert len(lora.block_of) == 257 and max(lora.block_of.values()) == 9
+    added = sum(p.numel() for n, p in base.named_parameters()
+                if ".A." in n or ".B." in n)
+    assert added == 32_434_304 and len(names) > 600
+
+
+def test_unet_takes_odd_sizes_and_hears_time_and_prompt():
+    unet = wake(r.UNet(MICRO, 3, 3))
+    x, context = randn(1, 3, 9, 7), randn(1, 2, 8)
+    a = unet(x, torch.tensor([3]), context)
+    assert a.shape == x.shape
+    assert not torch.allclose(a, unet(x, torch.tensor([900]), context), atol=1e-4)
+    assert not torch.allclose(a, unet(x, torch.tensor([3]), -context), atol=1e-4)
+
+
+def test_pixel_shuffle_is_the_identity_and_torchs():
+    x, end = randn(2, 3, 16, 24), r.PixelShuffle(8)
+    z = end.encode(x)
+    assert z.shape == (2, 192, 2, 3) and end.channels == 192
+    assert torch.equal(end.decode(z), x)
+    assert torch.equal(z, nn.PixelUnshuffle(8)(x))
+
+
+def test_vae_starts_as_the_linear_autoencoder_and_never_samples():
+    vae = r.VAE(MICRO)
+    flat = randn(16, 3, 1, 1).expand(-1, -1, 16, 16).contiguous()   # rank 3: exact
+    vae.start_from_pca(flat)
+    z = vae.encode(flat)
+    assert z.shape == (16, 16, 2, 2) and torch.equal(z, vae.encode(flat))
+    close(vae.decode(z), flat, 1e-3)
+
+
+# ---- resshift.py, 5: the degradation -------------------------------------------------
+
+
+def photo(n=64):
+    return r.read_picture(HERE / "tiny_data/val/cat_eyes.png")[:, :, :n, :n]
+
+
+def test_degradation_repeats_under_its_generator():
+    (a, sa), (b, sb), (c, _) = (r.degrade(photo(), MICRO, rng(s)) for s in (1, 1, 2))
+    assert a.shape == (1, 3, 16, 16) and sa.shape == (1, 2)
+    assert torch.equal(a, b) and torch.equal(sa, sb) and not torch.equal(a, c)
+    levels = (a + 1) * 127.5
+    close(levels, levels.round(), 1e-4)                             # 8-bit levels
+
+
+def mean_scores(monkeypatch, **ranges):
+    base = dataclasses.replace(r.RANGES["mild"], **ranges)
+    monkeypatch.setitem(r.RANGES, "mild", base)
+    cfg = dataclasses.replace(MICRO, degradation="mild")
+    scores = [r.degrade(photo(), cfg, rng(s))[1] for s in range(12)]
+    return torch.cat(scores).mean(0)
+
+
+def test_scores_rise_with_blur_and_with_noise(monkeypatch):
+    sharp = mean_scores(monkeypatch, sigma=((0.2, 0.3), (0.2, 0.3)))
+    blurred = mean_scores(monkeypatch, sigma=((4.0, 5.0), (2.0, 3.0)))
+    assert blurred[0] > sharp[0] + 0.1
+    noise = dict(sigma=((0.2, 1.5), (0.2, 1.0)))
+    quiet = mean_scores(monkeypatch, gaussian=((1, 2), (1, 2)),
+                        poisson=((0.05, 0.1), (0.05, 0.1)), **noise)
+    loud = mean_scores(monkeypatch, gaussian=((25, 30), (20, 25)),
+                       poisson=((2.5, 3.0), (2.0, 2.5)), **noise)
+    assert loud[1] > quiet[1] + 0.1
+
+
+def test_kernels_sum_to_one_and_gaussian_has_its_variance():
+    k = r.gaussian_kernel(21, 1.5, 1.5, 0.0, "iso", 1.0)
+    x2 = (torch.arange(21) - 10).float() ** 2
+    close(k.sum(), torch.tensor(1.0), 1e-5)
+    close((k.sum(0) * x2).sum(), torch.tensor(1.5 ** 2), 1e-3)
+    k = r.sinc_kernel(21, math.pi / 2)
+    close(k.sum(), torch.tensor(1.0), 1e-5)
+    response = torch.fft.fft2(k, s=(64, 64)).abs()
+    assert response[0, 2] > 0.9 and response[0, 28] < 0.1           # passes low only
+
+
+# ---- resshift.py, 6: pictures and metrics --------------------------------------------
+
+
+def test_psnr_and_ssim_by_hand():
+    a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), 0.6)
+    close(r.psnr(a, b), torch.tensor([20 * math.log10(255 / 21.9)]).double(), 1e-5)
+    ya, yb, c1 = 16 + 110.0, 16 + 131.0, 2.55 ** 2    # round(109.5) = 110, 131.4 -> 131
+    expected = (2 * ya * yb + c1) / (ya ** 2 + yb ** 2 + c1)
+    close(r.ssim(a, b), torch.tensor([expected]).double(), 1e-3)
+    close(r.ssim(a, a), torch.ones(1).double())
+
+
+def test_ssim_of_one_window_in_numpy():
+    a, b = (torch.rand(1, 3, 11, 11, generator=rng(s)) for s in (1, 2))
+    b = (a + 0.2 * b).clamp(0, 1)
+    to_y = [65.481, 128.553, 24.966]
+    y = [np.round(16 + np.tensordot(to_y, x[0].double().numpy(), 1)) for x in (a, b)]
+    d = np.arange(11) - 5
+    w = np.exp(-d ** 2 / (2 * 1.5 ** 2))
+    w = np.outer(w, w) / w.sum() ** 2
+    ma, mb = (w * y[0]).sum(), (w * y[1]).sum()
+    va, vb = (w * (y[0] - ma) ** 2).sum(), (w * (y[1] - mb) ** 2).sum()
+    cov = (w * (y[0] - ma) * (y[1] - mb)).sum()
+    c1, c2 = 2.55 ** 2, 7.65 ** 2
+    expected = ((2 * ma * mb + c1) / (ma ** 2 + mb ** 2 + c1)
+                * (2 * cov + c2) / (va + vb + c2))
+    assert abs(r.ssim(a, b).item() - expected) < 1e-6
+
+
+def test_bytes_and_floats_round_trip():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(r.to_bytes(r.from_bytes(levels)), levels)
+
+
+def test_pictures_open_as_a_viewer_shows_them(tmp_path):
+    ramp = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    colour = np.stack([ramp, ramp[::-1], ramp.T], 2)
+    palette = Image.fromarray(colour).convert("P", palette=Image.ADAPTIVE)
+    palette.save(tmp_path / "p.png")
+    Image.fromarray(np.dstack([colour, ramp])).save(tmp_path / "alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6                                       # turn 90 degrees clockwise
+    Image.fromarray(colour[:4]).save(tmp_path / "turned.png", exif=exif)
+    grey = (r.read_picture(tmp_path / "grey.png") + 1) * 127.5
+    close(grey[0, 0], torch.from_numpy(ramp).float(), 1e-4)
+    assert torch.equal(r.read_picture(tmp_path / "deep.png"),
+                       r.read_picture(tmp_path / "grey.png"))
+    assert r.read_picture(tmp_path / "p.png").shape == (1, 3, 8, 8)
+    assert r.open_picture(tmp_path / "alpha.png").mode == "RGBA"
+    assert r.open_picture(tmp_path / "turned.png").size == (4, 8)
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    for name in ("bad.png", "missing.png"):
+        with pytest.raises(r.UserError, match=name):
+            r.read_picture(tmp_path / name)
+
+
+def test_upsampling_keeps_the_centre_and_equals_pillows():
+    x = torch.rand(1, 1, 8, 8, generator=rng()) * 2 - 1
+    theirs = Image.fromarray(x[0, 0].numpy()).resize((32, 32), Image.BICUBIC)
+    ours = F.interpolate(x, size=(32, 32), mode="bicubic", antialias=True)
+    close(ours[0, 0], torch.from_numpy(np.array(theirs)), 1e-5)
+    symmetric = x + x.flip(2, 3)
+    up = r.upsample(symmetric.expand(-1, 3, -1, -1) / 2, 4)
+    close(up, up.flip(2, 3), 1e-5)                                  # no sub-pixel shift
+
+
+def no_backbone(monkeypatch):
+    real = r.lpips.LPIPS
+
+    def offline(*args, **kwargs):
+        if not kwargs.get("pnet_rand"):
+            raise OSError("no network")
+        return real(*args, **kwargs)
+    monkeypatch.setattr(r.lpips, "LPIPS", offline)
+
+
+def test_lpips_without_its_backbone_says_so_and_repeats(monkeypatch, capsys):
+    no_backbone(monkeypatch)
+    state = torch.get_rng_state()
+    a, b = r.Perceptual("alex"), r.Perceptual("alex")
+    assert torch.equal(state, torch.get_rng_state())
+    assert a.name == "LPIPS (random features)" and "alexnet" in capsys.readouterr().out
+    x, y = randn(1, 3, 64, 64).clamp(-1, 1), randn(1, 3, 64, 64, seed=1).clamp(-1, 1)
+    assert a(x, x).item() == 0 and a(x, y).item() > 0
+    assert torch.equal(a(x, y), b(x, y))
+
+
+# ---- resshift.py, 7 and 8: pairs and the training loop -------------------------------
+
+
+def world(tmp_path, in_project, cfg=MICRO):
+    """A run, its pool, and an untrained but awake end and prior."""
+    run, pool = r.Run(tmp_path / "run", cfg), r.Pool(cfg)
+    vae, prior = r.VAE(cfg), r.ResShift(cfg)
+    vae.start_from_pca(pool.rows(torch.arange(4))["hq"])
+    vae.requires_grad_(False)
+    pool.add("z_hq", lambda rows: vae.encode(rows["hq"]))
+    pool.add("z_lq", lambda rows: vae.encode(rows["lq_up"]))
+    pool.columns["estimate"] = pool.columns["scores"]
+    return run, pool, vae, prior
+
+
+def first_and_last(run, stage, name):
+    rows = [line.split(",") for line in
+            (run.folder / "log.csv").read_text().splitlines()[1:]]
+    values = [float(v) for s, _, k, v in rows if s == stage and k == name]
+    return values[0], values[-1]
+
+
+@pytest.mark.parametrize("stage, loss, steps, factor", [
+    ("vae", "mse", 60, 0.9), ("resshift", "mse", 60, 0.7),
+    ("estimator", "scores", 80, 0.5), ("gendr", "mse", 60, 0.8),
+    ("adc", "l1", 60, 0.9), ("pix", "l1", 60, 0.9)])
+def test_every_stage_overfits_one_batch(stage, loss, steps, factor, tmp_path,
+                                        in_project, monkeypatch):
+    no_backbone(monkeypatch)
+    cfg = dataclasses.replace(
+        MICRO, vae_steps=steps, prior_steps=steps, estimator_steps=steps,
+        gendr_steps=steps, adc_steps=steps, pix_steps=steps, negative=0.0, log_every=5,
+        save_every=1000, learning_rate=5e-3, student_learning_rate=3e-3,
+        vae_learning_rate=3e-3, ema=0.5)
+    run, pool, vae, prior = world(tmp_path, in_project, cfg)
+    play_stage(stage, run, pool, vae, prior)
+    first, last = first_and_last(run, stage, loss)
+    assert last < factor * first
+
+
+def play_stage(stage, run, pool, vae, prior):
+    """Train one stage on what the stages before it would hand over; its model."""
+    cfg = run.cfg
+    if stage == "vae":
+        model = r.VAE(cfg)
+        r.train_vae(run, model, pool)
+        return model
+    if stage == "resshift":
+        r.train_prior(run, prior, pool)
+        return prior
+    if stage == "estimator":
+        model = g.DegradationEstimator(cfg)
+        g.train_estimator(run, model, pool)
+        return model
+    gendr = g.gendr_from_prior(prior, vae, cfg)
+    if stage == "gendr":
+        g.train_gendr(run, gendr, pool, None)
+        return gendr
+    gendr.requires_grad_(False)
+    pool.columns["z_tea"] = pool.columns["z_hq"]
+    adc = g.pixel_input(gendr, cfg, pool.rows(torch.arange(4))["lq_up"])
+    if stage == "adc":
+        g.train_adc(run, gendr, adc, pool, None)
+        return adc
+    adc.requires_grad_(False)
+    pool.add("y_tea", lambda rows: rows["hq"])
+    pix = g.pixel_output(adc, cfg, pool.rows(torch.arange(4)))
+    g.train_pix(run, adc, pix, pool, r.Perceptual("alex"), None)
+    return pix
+
+
+@pytest.mark.parametrize("stage", ["vae", "resshift", "gendr", "adc", "pix"])
+def test_a_killed_stage_resumes_bit_for_bit(stage, tmp_path, in_project, monkeypatch):
+    no_backbone(monkeypatch)
+    cfg = dataclasses.replace(MICRO, vae_steps=5, prior_steps=5, gendr_steps=5,
+                              adc_steps=5, pix_steps=5)
+
+    def trained(folder, kill_at=None):
+        torch.manual_seed(1)
+        run, pool, vae, prior = world(folder, in_project, cfg)
+        if kill_at:
+            batch, calls = pool.batch, []
+
+            def dying(generator):
+                calls.append(1)
+                if len(calls) > kill_at:
+                    raise KeyboardInterrupt
+                return batch(generator)
+            pool.batch = dying
+        model = play_stage(stage, run, pool, vae, prior)
+        return model.state_dict()
+    whole = trained(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "b", kill_at=3)
+    assert (tmp_path / f"b/run/{stage}.ckpt").exists()
+    resumed = trained(tmp_path / "b")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage_by_name(tmp_path, in_project):
+    run, pool, _, _ = world(tmp_path, in_project)
+    model = nn.Linear(1, 1)
+    turn = r.Turn("player", model, lambda b, s: {
+        "fine": model.weight.sum(), "broken": model.weight.sum() / 0 * 0}, 1e-3)
+    with pytest.raises(FloatingPointError, match="player.*broken"):
+        r.train(run, "stage", [turn], pool, 1)
+
+
+def test_a_run_refuses_other_settings_and_a_second_process(tmp_path):
+    r.Run(tmp_path, MICRO).lock_file.close()
+    with pytest.raises(r.UserError, match="another crop"):
+        r.Run(tmp_path, dataclasses.replace(MICRO, crop=64))
+    first = r.Run(tmp_path / "two", MICRO)
+    with pytest.raises(r.UserError, match="another process"):
+        r.Run(tmp_path / "two", MICRO)
+    first.lock_file.close()
+
+
+def test_weights_files_are_checked(tmp_path):
+    model, file = nn.Linear(2, 3), tmp_path / "w.safetensors"
+    r.save_weights(model, file)
+    twin = r.load_weights(nn.Linear(2, 3), file)
+    assert torch.equal(twin.weight, model.weight)
+    with pytest.raises(r.UserError, match="weight does not fit"):
+        r.load_weights(nn.Linear(2, 4), file)
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(r.UserError, match="not a weights file"):
+        r.load_weights(nn.Linear(2, 3), file)
+
+
+# ---- gendr_pix.py, 1 and 2: scores and LoRA ------------------------------------------
+
+
+def awake_restorer(cfg=MICRO, seed=0):
+    """A GenDR whose prior, LoRA and prompts all have random weights."""
+    torch.manual_seed(seed)
+    prior, vae = wake(r.ResShift(cfg)), r.VAE(cfg)
+    vae.start_from_pca(randn(8, 3, 32, 32))
+    return g.gendr_from_prior(prior, vae, cfg), prior
+
+
+def test_lora_with_zero_b_changes_nothing():
+    x = randn(2, 3, 8, 8)
+    conv = nn.Conv2d(3, 5, 3, stride=2, padding=1)
+    layer = g.LoRALayer(conv, 4)
+    layer.matrix = randn(2, 4, 4)
+    assert torch.equal(layer(x), conv(x))
+
+
+def by_hand(layer, x, m):
+    """W + s B M^T A as one weight, applied to one image."""
+    delta = layer.B.weight.flatten(1) @ m.T @ layer.A.weight.flatten(1)
+    weight = layer.base.weight + layer.scale * delta.view_as(layer.base.weight)
+    if isinstance(layer.base, nn.Linear):
+        return F.linear(x, weight, layer.base.bias)
+    return F.conv2d(x, weight, layer.base.bias, layer.base.stride, layer.base.padding)
+
+
+@pytest.mark.parametrize("base, shape", [
+    (nn.Linear(6, 5), (2, 7, 6)),
+    (nn.Conv2d(3, 5, 3, stride=2, padding=1), (2, 3, 9, 8))])
+def test_lora_equals_the_merged_weight_by_hand_and_folds(base, shape):
+    layer, x = wake(g.LoRALayer(base, 4)), randn(*shape)
+    assert layer.scale == 8 / 4
+    layer.matrix = randn(2, 4, 4, seed=1)
+    y = layer(x)
+    for i in range(2):                                              # M per image
+        close(y[i:i + 1], by_hand(layer, x[i:i + 1], layer.matrix[i]), 1e-5)
+    before, plain = layer.matrix, layer.base.weight.clone()
+    layer.matrix = before[:1]
+    layer.fold()
+    close(layer(x[:1]), y[:1], 1e-5)
+    layer.unfold()
+    assert torch.equal(layer.base.weight, plain)
+
+
+def test_fold_equals_the_unfolded_network_and_unfold_restores_it():
+    model, _ = awake_restorer()
+    wake(model.lora)
+    for layer in g.lora_layers(model.unet):
+        nn.init.normal_(layer.B.weight, std=0.02)
+    x, scores = randn(1, 3, 16, 16), torch.tensor([[0.2, 0.9]])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        y = model(x, scores)
+        g.fold(model, scores)
+        folded = model(x, torch.zeros(1, 2))                        # scores are in W'
+        g.unfold(model)
+        other = model(x, torch.tensor([[0.9, 0.1]]))
+    close(folded, y, 1e-4)
+    assert not torch.allclose(other, y, atol=1e-3)
+    after = model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    with pytest.raises(ValueError):
+        g.fold(model, torch.zeros(2, 2))
+
+
+def test_score_embedding_is_the_papers_formula():
+    embed = g.ScoreEmbedding(blocks=3, rank=2)
+    scores = torch.tensor([[0.3, 0.7]])
+    w = embed.frequencies
+    e = torch.cat([torch.sin(2 * math.pi * 0.3 * w), torch.cos(2 * math.pi * 0.3 * w),
+                   torch.sin(2 * math.pi * 0.7 * w), torch.cos(2 * math.pi * 0.7 * w)])
+    d = torch.relu(embed.d_mlp[0](e))
+    b = torch.relu(embed.block_mlp[0](embed.block_embedding[1]))
+    close(embed(scores)[0, 1], embed.to_matrix(torch.cat([d, b])).view(2, 2), 1e-5)
+
+
+# ---- gendr_pix.py, 3: one restorer, two ends -----------------------------------------
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_students_first_step_is_the_priors_at_x_T_equal_y0(shortcut):
+    cfg = dataclasses.replace(MICRO, shortcut=shortcut)
+    student, prior = awake_restorer(cfg)
+    y0 = randn(2, 16, 4, 4)
+    with torch.no_grad():
+        expected = prior(y0, y0, torch.full((2,), cfg.steps))
+        close(student.step(y0, torch.rand(2, 2, generator=rng())), expected, 1e-5)
+
+
+def test_prior_and_student_share_one_base_network():
+    student, prior = awake_restorer()
+    shared = student.unet.mid_block.resnets[0].conv1.base.weight
+    assert shared is prior.unet.mid_block.resnets[0].conv1.weight
+    assert not shared.requires_grad and student.unet.conv_in.weight.requires_grad
+
+
+def test_least_squares_finds_an_exact_linear_map():
+    conv, start = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+    x = randn(4, 3, 12, 12)
+    with torch.no_grad():
+        g.fit_conv(start, x, conv(x))
+    close(start.weight, conv.weight, 1e-3)
+    close(start.bias, conv.bias, 1e-3)
+
+
+def test_new_ends_start_near_their_teacher_and_keep_the_size():
+    gendr, _ = awake_restorer()
+    x = photo(64)
+    rows = {"lq_up": x, "estimate": torch.zeros(1, 2)}
+    adc = g.pixel_input(gendr, MICRO, x)
+    with torch.no_grad():
+        # encode is linear here (a fresh VAE), so a linear end can match it exactly
+        close(adc.shortcut(adc.end_in.encode(x)), gendr.end_in.encode(x), 2e-2)
+        rows["y_tea"] = adc(x, rows["estimate"])
+        pix = g.pixel_output(adc, MICRO, rows)
+        rough = g.pixel_output(adc, dataclasses.replace(MICRO, least_squares=False))
+        error, plain = ((m(x, rows["estimate"]) - rows["y_tea"]).square().mean()
+                        for m in (pix, rough))
+    assert error < 0.5 * plain
+    assert pix(randn(1, 3, 24, 40), torch.zeros(1, 2)).shape == (1, 3, 24, 40)
+    assert not any(p.requires_grad for p in adc.end_out.parameters())
+
+
+# ---- gendr_pix.py, 4: padding, Fourier loss, discriminator ---------------------------
+
+
+def test_rand_pad_keeps_content_and_moves_the_phase():
+    x = randn(1, 3, 16, 16)
+    for ph, pw in ((0, 0), (3, 5), (7, 7)):
+        y = g.rand_pad(x, ph, pw)
+        assert y.shape == (1, 3, 24, 24)
+        assert torch.equal(y[:, :, ph:ph + 16, pw:pw + 16], x)
+    impulse = torch.zeros(1, 3, 16, 16)
+    impulse[:, :, 0, 0] = 1                              # goes to channel 3 * 8 + 5
+    z = F.pixel_unshuffle(g.rand_pad(impulse, 3, 5), 8)
+    assert z[0, 3 * 8 + 5, 0, 0] == 1
+
+
+def test_masked_fourier_loss_is_zero_for_equals_and_blind_off_the_lattice():
+    x = randn(1, 1, 64, 64)
+    assert g.masked_fourier_loss(x, x) == 0
+    n = torch.arange(64)
+    off = torch.cos(2 * math.pi * 3 * n / 64)[:, None] * torch.ones(64)   # bin 3: off
+    close(g.masked_fourier_loss(x + off, x), torch.tensor(0.0), 1e-5)
+    mean = torch.full_like(x, 0.5)                       # bin (0, 0): left out
+    close(g.masked_fourier_loss(x + mean, x), torch.tensor(0.0), 1e-5)
+
+
+def test_masked_fourier_loss_of_a_period_8_pattern_in_closed_form():
+    n, amplitude = torch.arange(64), 0.25
+    pattern = amplitude * torch.cos(2 * math.pi * n / 8)[None, None, :, None]
+    y = pattern.expand(1, 1, 64, 64)
+    # ortho fft2: two bins, (8, 0) and (56, 0), of amplitude / 2 * 64 each; the mask
+    # holds 64 windows of 9 bins less the window at (0, 0)
+    expected = 2 * amplitude / 2 * 64 / (64 * 9 - 9)
+    close(g.masked_fourier_loss(y, torch.zeros_like(y)), torch.tensor(expected), 1e-5)
+    assert g.fourier_mask(64, 64).sum() == 64 * 9 - 9
+    close(g.lattice_energy(y), torch.ones(1), 1e-5)
+
+
+class Blur(nn.Module):
+    """A translation-equivariant stand-in for a restorer."""
+    end_out = r.PixelShuffle(8)
+
+    def forward(self, x, scores, prompt=r.POSITIVE):
+        return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) + 0 * prompt
+
+
+def test_pad_cfg_at_weight_one_is_the_padded_positive_branch():
+    gendr, _ = awake_restorer()
+    pix = g.pixel_output(g.pixel_input(gendr, MICRO), MICRO)
+    wake(pix)
+    x, scores = randn(1, 3, 16, 24), torch.zeros(1, 2)
+    with torch.no_grad():
+        y = g.pad_cfg(pix, x, scores, 1.0)
+        branch = pix(F.pad(x, (4, 4, 4, 4), mode="reflect"), scores, r.POSITIVE)
+        close(y, branch[:, :, 4:20, 4:28], 1e-5)
+        assert not torch.allclose(y, g.pad_cfg(pix, x, scores, 1.2), atol=1e-4)
+
+
+def test_pad_cfg_of_an_equivariant_model_is_the_unpadded_result():
+    x = randn(1, 3, 16, 16)
+    inside = (..., slice(1, -1), slice(1, -1))               # borders see the padding
+    close(g.pad_cfg(Blur(), x, None, 1.3)[inside], Blur()(x, None)[inside], 1e-5)
+
+
+def test_generators_adversarial_step_leaves_no_gradient_in_the_discriminator():
+    gendr, _ = awake_restorer()
+    critic = g.Discriminator(gendr, MICRO)
+    adversary, fake = g.Adversary(critic), randn(2, 16, 4, 4).requires_grad_(True)
+    adversary.generator_loss(fake).backward()
+    assert fake.grad.abs().sum() > 0
+    assert all(p.grad is None for p in critic.parameters())
+    loss = adversary.discriminator_loss(randn(2, 16, 4, 4, seed=1))
+    fake.grad = None
+    loss.backward()
+    assert fake.grad is None
+    assert all(p.grad is not None for p in critic.parameters())
+
+
+def test_adversarial_losses_are_the_softplus_formulas():
+    gendr, _ = awake_restorer()
+    critic = g.Discriminator(gendr, MICRO)
+    adversary = g.Adversary(critic)
+    fake, real = randn(2, 16, 4, 4), randn(2, 16, 4, 4, seed=1)
+    expected = torch.log1p((-critic(fake)).exp()).mean()
+    close(adversary.generator_loss(fake), expected, 1e-5)
+    expected = torch.log1p(critic(fake).exp()).mean() + torch.log1p(
+        (-critic(real)).exp()).mean()
+    close(adversary.discriminator_loss(real), expected, 1e-5)
+
+
+# ---- gendr_pix.py, 5 and 6: negatives, restore ---------------------------------------
+
+
+def test_online_negatives_swap_prompt_and_target_together():
+    batch = {"hq": torch.ones(400, 1, 1, 1), "lq": torch.zeros(400, 1, 1, 1)}
+    cfg = dataclasses.replace(MICRO, negative=0.25)
+    prompt, target = r.negatives(batch, "hq", "lq", rng(), cfg)
+    assert torch.equal(target.flatten() == 0, prompt == r.NEGATIVE)
+    assert abs((prompt == r.NEGATIVE).float().mean().item() - 0.25) < 0.07
+
+
+def test_restore_keeps_any_size_and_tiles_agree_with_one_piece():
+    model, estimator = Blur(), None
+    model.lora, model.unet = None, nn.Identity()
+    lq, scores = photo(60)[:, :, :53, :60], torch.zeros(1, 2)
+    whole = g.restore(model, estimator, lq, 4, scores=scores)
+    assert whole.shape == (1, 3, 212, 240)
+    tiled = g.restore(model, estimator, lq, 4, tile=128, scores=scores)
+    assert (whole - tiled).abs().max() < 0.05                # only near tile borders
+    assert (whole - tiled).abs().mean() < 1e-3
+
+
+def test_guidance_at_weight_one_is_the_positive_branch_in_latent_space():
+    gendr, _ = awake_restorer()
+    x, scores = randn(1, 3, 16, 16), torch.zeros(1, 2)
+    with torch.no_grad():
+        close(g.guided(gendr, x, scores, 1.0), gendr(x, scores), 1e-4)
+
+
+def test_spearman_and_live_bytes_by_hand():
+    a = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert g.spearman(a, a ** 3) == pytest.approx(1) and g.spearman(a, -a) == \
+        pytest.approx(-1)
+    assert g.spearman(a, torch.tensor([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
+    with g.LiveBytes() as live:
+        x = torch.zeros(1000)                                # 4,000 bytes
+        y = x + 1                                            # 8,000 alive
+        del x
+        z = y * 2                                            # 8,000 again
+        z += 1                                               # in place: nothing new
+    assert live.peak == 8000 and z[0] == 3
+
+
+# ---- the commands --------------------------------------------------------------------
+
+
+def command(script, *arguments, cwd=HERE):
+    """Run a script in its own process, without a network, on one thread."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_HOME": "/nonexistent",
+                        "https_proxy": "http://127.0.0.1:9"}
+    return subprocess.run([sys.executable, script, *map(str, arguments)], cwd=cwd,
+                          env=env, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run of all chapters with a handful of steps and small networks."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    flags = ["--pool", 8, "--batch", 2, "--crop", 64, "--unet-widths", 16, 32,
+             "--groups", 8, "--head-width", 16, "--vae-widths", 8, 8, 8, 16,
+             "--vae-groups", 4, "--vae-crop", 32, "--steps", 4, "--size", 64,
+             "--log-every", 2]
+    for name in ("vae", "prior", "estimator", "gendr", "adc", "pix"):
+        flags += [f"--{name}-steps", 2]
+    done = command("gendr_pix.py", "--train", "--tiny", "--run", folder, *flags)
+    return folder, done
+
+
+def test_train_goes_through_every_stage_and_writes_every_file(finished):
+    folder, done = finished
+    assert done.returncode in (0, 1), done.stderr
+    assert done.stdout.splitlines()[-1].startswith(("PASS", "FAIL"))
+    for name in ("vae", "resshift", "estimator", "gendr", "adc", "pix"):
+        assert (folder / f"{name}.safetensors").stat().st_size > 0
+        assert not (folder / f"{name}.ckpt").exists()
+    stages = {line.split(",")[0] for line in
+              (folder / "log.csv").read_text().splitlines()[1:]}
+    assert stages == {"vae", "resshift", "estimator", "gendr", "adc", "pix"}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["lpips"] == "LPIPS (random features)"
+    assert {"bicubic", "GenDR", "GenDR-Pix"} <= set(metrics["table"])
+    assert done.stdout.count("PASS") + done.stdout.count("FAIL") == 1
+    passed = all(c["floor"] for c in metrics["checks"])
+    assert (done.returncode == 0) == passed
+    assert Image.open(folder / "report.png").size[0] > 600
+
+
+def test_a_picture_goes_in_and_comes_out_four_times_larger(finished, tmp_path):
+    folder, _ = finished
+    lq = Image.open(HERE / "tiny_data/val/dahlia.png").resize((45, 37))
+    lq.putalpha(128)
+    lq.save(tmp_path / "lq.png")
+    done = command("gendr_pix.py", "--run", folder, "--input", tmp_path / "lq.png",
+                   "--output", tmp_path / "up.png", "--passes", 2)
+    assert done.returncode == 0, done.stderr
+    up = Image.open(tmp_path / "up.png")
+    assert up.size == (180, 148) and up.mode == "RGBA" and up.getpixel((5, 5))[3] == 128
+    small = up.convert("RGB").resize((45, 37), Image.BOX)
+    error = np.abs(np.array(small, float) - np.array(lq.convert("RGB"), float)).mean()
+    assert error < 12                            # right side up, and its own colours
+
+
+def test_bad_input_gets_one_line_and_exit_code_2(finished, tmp_path):
+    folder, _ = finished
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG but not really")
+    cases = [("--run", folder, "--input", tmp_path / "bad.png"),
+             ("--run", tmp_path / "none", "--input", tmp_path / "bad.png"),
+             ("--train", "--tiny", "--run", tmp_path / "r",
+              "--train-data", tmp_path / "x")]
+    for arguments in cases:
+        done = command("gendr_pix.py", *arguments)
+        assert done.returncode == 2, done.stderr
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ")
+
+
+def test_importing_does_nothing_visible(tmp_path):
+    done = command("-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); "
+                   "import gendr_pix", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "" and not list(tmp_path.iterdir())
