@@ -39,19 +39,23 @@ from torch.utils._pytree import tree_leaves
 
 from resshift import (
     NEGATIVE, POSITIVE, Perceptual, PixelShuffle, Pool, Run, Turn, UserError, chapter,
-    chapter_one, command_line, config_from, config_parser, device, evaluate, from_pil,
-    held_out, load_chapter_one, load_weights, mean_psnr, negatives, open_picture,
-    pad_to, print_table, sample, save_picture, to_pil, train, upsample,
-    write_file)
+    chapter_one, check_config, check_output, command_line, config_from, config_parser,
+    degrade, device, evaluate, from_pil, held_out, load_chapter_one, load_weights,
+    mean_psnr, negatives, open_picture, pad_to, print_table, sample, save_picture,
+    to_pil, train, upsample, write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
+
+
+SCORES = ("blur", "noise")
 
 
 class DegradationEstimator(nn.Module):
     """lq (B, 3, h, w) in [-1, 1] -> scores (B, 2) in (0, 1): blur, noise.
 
-    Two independent branches.  S3Diff learns them by ranking; here the true strengths
-    are known (`degrade`), so they are learned by regression (not in the paper).
+    Two independent branches, pooled to the mean and the spread of every channel.
+    S3Diff learns them by ranking; here the true strengths are known (`degrade`), so
+    they are learned by regression (not in the paper).
     """
 
     def __init__(self, cfg):
@@ -65,11 +69,14 @@ class DegradationEstimator(nn.Module):
                 ch = width
             return nn.Sequential(*layers)
         self.branches = nn.ModuleList([branch(), branch()])
-        self.heads = nn.ModuleList([nn.Linear(4 * n, 1) for _ in range(2)])
+        self.heads = nn.ModuleList([nn.Linear(8 * n, 1) for _ in range(2)])
 
     def forward(self, lq):
-        pooled = [branch(lq).mean((2, 3)) for branch in self.branches]
-        scores = [head(p) for head, p in zip(self.heads, pooled)]
+        scores = []
+        for branch, head in zip(self.branches, self.heads):
+            f = branch(lq).flatten(2)                          # (B, C, n)
+            spread = (f.var(2) + 1e-6).sqrt()
+            scores.append(head(torch.cat([f.mean(2), spread], dim=1)))
         return torch.sigmoid(torch.cat(scores, dim=1))         # (B, 2)
 
 
@@ -142,14 +149,14 @@ class LoRALayer(nn.Module):
         a = self.A.weight.flatten(1)                           # (r, in * k * k)
         m_t_a = a if self.matrix is None else self.matrix[0].T.to(a) @ a
         delta = self.scale * self.B.weight.flatten(1) @ m_t_a
-        self.plain = self.base.weight
+        self.plain = (self.base.weight,)          # a tuple: not a parameter of ours
         self.base.weight = nn.Parameter(
-            self.plain + delta.view_as(self.plain), requires_grad=False)
+            self.base.weight + delta.view_as(self.base.weight), requires_grad=False)
 
     def unfold(self):
         """The stored W back in its place, exactly."""
         if self.plain is not None:
-            self.base.weight, self.plain = self.plain, None
+            (self.base.weight,), self.plain = self.plain, None
 
 
 class DegradationLoRA(nn.Module):
@@ -269,7 +276,8 @@ def gendr_from_prior(prior, vae, cfg):
         conv_in.bias.copy_(prior.unet.conv_in.bias)
     unet.conv_in = conv_in.to(weight.device)
     lora = DegradationLoRA(unet, cfg)
-    return Restorer(vae, unet, vae, copy.deepcopy(prior.prompts), lora,
+    prompts = copy.deepcopy(prior.prompts).requires_grad_(True)
+    return Restorer(vae, unet, vae, prompts, lora,
                     nn.Identity() if cfg.shortcut else None).to(device())
 
 
@@ -653,19 +661,27 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.seen = 0, 0, set()
+        self.now, self.peak, self.seen, self.outside = 0, 0, set(), {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for storage in self.storages((args, kwargs)):
+            if id(storage) not in self.seen:                   # a weight, or the input
+                self.outside[id(storage)] = storage
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.track(tensor.untyped_storage())
+        for storage in self.storages(out):
+            self.track(storage)
         return out
+
+    @staticmethod
+    def storages(tree):
+        """The storages of all tensors in nested tuples, lists and dictionaries."""
+        return [x.untyped_storage() for x in tree_leaves(tree)
+                if isinstance(x, torch.Tensor)]
 
     def track(self, storage):
         """Count a storage from its first appearance until it is freed."""
         key, size = id(storage), storage.nbytes()
-        if key not in self.seen:
+        if key not in self.seen and key not in self.outside:
             self.seen.add(key)
             self.now += size
             self.peak = max(self.peak, self.now)
@@ -712,14 +728,14 @@ def benchmark(models, size):
     x = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     x, scores, rows = (2 * x - 1).to(device()), torch.zeros(1, 2, device=device()), {}
     for name, model in models.items():
+        parameters = sum(p.numel() for p in model.parameters())
         fold(model, scores)
         for label, weight in ((name, 1), (name + " guided", 1.07)):
             def run():
                 return model(x, scores) if weight == 1 else guided(
                     model, x, scores, weight)
             ms, peak = measure(run)
-            rows[label] = {"ms": ms, "bytes": peak,
-                           "parameters": sum(p.numel() for p in model.parameters())}
+            rows[label] = {"ms": ms, "bytes": peak, "parameters": parameters}
         unfold(model)
     return rows
 
@@ -738,6 +754,22 @@ def print_benchmark(rows, size):
 
 
 # ---- 8. Evaluation and report (skim) -------------------------------------------------
+
+
+@torch.no_grad()
+def rank_correlations(estimator, pairs, cfg, draws=8):
+    """{"blur", "noise"}: Spearman's, estimate against truth, on new degradations.
+
+    Every held-out photo is degraded `draws` times with seeds of their own.
+    """
+    true, guess = [], []
+    for i in range(draws * len(pairs)):
+        rng = torch.Generator().manual_seed(20_000 + i)
+        lq, scores = degrade(pairs[i % len(pairs)].hq, cfg, rng)
+        true.append(scores)
+        guess.append(estimator(lq.to(device())).cpu())
+    true, guess = torch.cat(true), torch.cat(guess)
+    return {n: spearman(true[:, i], guess[:, i]) for i, n in enumerate(SCORES)}
 
 
 def spearman(a, b):
@@ -816,7 +848,8 @@ def draw_report(table, pairs, lpips_name, file, crop=112, rows=6):
     axes = figure.subplots(len(pairs), len(columns), squeeze=False)
     for i, pair in enumerate(pairs):
         scale = pair.hq.shape[2] // pair.lq.shape[2]
-        top, left = ((n - crop) // 2 // scale * scale for n in pair.hq.shape[2:])
+        top, left = (max(0, n - crop) // 2 // scale * scale
+                     for n in pair.hq.shape[2:])
         for axis, name in zip(axes[i], columns):
             if name == "LQ":
                 picture, label = F.interpolate(pair.lq, scale_factor=scale), pair.name
@@ -853,10 +886,8 @@ class Models:
 def train_all(run, pairs, lpips):
     """Chapters 1 to 4: train what is missing, resume what was interrupted."""
     cfg, pool = run.cfg, Pool(run.cfg)
-    if cfg.space != "latent":
-        raise UserError("GenDR starts in latent space: train it with --space latent")
     end, prior = chapter_one(run, pool, pairs)
-    estimator = chapter(run, "estimator", DegradationEstimator(cfg).to(device()),
+    estimator = chapter(run, "estimator", lambda: DegradationEstimator(cfg),
                         lambda m: train_estimator(run, m, pool))
     pool.add("estimate", lambda rows: estimator(rows["lq"]))
 
@@ -865,17 +896,20 @@ def train_all(run, pairs, lpips):
             lambda p: restore(model, estimator, p.lq, cfg.scale), pairs),
             "bicubic": mean_psnr(lambda p: upsample(p.lq, cfg.scale), pairs)}
 
-    def stage(name, student, teach):
-        return chapter(run, name, student, lambda m: teach(m, lambda: watch(m)))
-    gendr = stage("gendr", gendr_from_prior(prior, end, cfg),
+    def stage(name, build, teach):
+        return chapter(run, name, build, lambda m: teach(m, lambda: watch(m)))
+
+    def some():
+        """Rows for a least-squares start: 128 crops of 128, fewer larger ones."""
+        most = max(1, 128 ** 3 // cfg.crop ** 2)
+        return pool.rows(torch.arange(min(len(pool), most)))
+    gendr = stage("gendr", lambda: gendr_from_prior(prior, end, cfg),
                   lambda m, w: train_gendr(run, m, pool, w))
     pool.add("z_tea", lambda rows: gendr.step(rows["z_lq"], rows["estimate"]))
-    some = pool.rows(torch.arange(min(len(pool), 128)))
-    adc = stage("adc", pixel_input(gendr, cfg, some["lq_up"]),
+    adc = stage("adc", lambda: pixel_input(gendr, cfg, some()["lq_up"]),
                 lambda m, w: train_adc(run, gendr, m, pool, w))
     pool.add("y_tea", lambda rows: end.decode(rows["z_tea"]))
-    some = pool.rows(torch.arange(min(len(pool), 128)))
-    pix = stage("pix", pixel_output(adc, cfg, some),
+    pix = stage("pix", lambda: pixel_output(adc, cfg, some()),
                 lambda m, w: train_pix(run, adc, m, pool, lpips, w))
     return Models(end, prior, estimator, gendr, adc, pix)
 
@@ -909,10 +943,7 @@ def report(folder, cfg, models, pairs, lpips, size=512):
         "GenDR-Pix PadCFG": one(m.pix, cfg.guidance)}
     table = evaluate(methods, pairs, lpips)
     print_table(table, lpips.name)
-    true = torch.cat([p.scores for p in pairs])
-    guess = torch.cat([m.estimator(p.lq) for p in pairs]).cpu()
-    ranks = {name: spearman(true[:, i], guess[:, i])
-             for i, name in enumerate(("blur", "noise"))}
+    ranks = rank_correlations(m.estimator, pairs, cfg)
     print("\nestimator, rank correlation with the truth: "
           + ", ".join(f"{k} {v:.2f}" for k, v in ranks.items()))
     bench = benchmark({"GenDR": m.gendr, "GenDR-Adc": m.adc, "GenDR-Pix": m.pix}, size)
@@ -940,6 +971,7 @@ def report(folder, cfg, models, pairs, lpips, size=512):
 
 def restore_file(args, folder):
     """--input to --output; an alpha channel is resized beside the picture."""
+    check_output(args.output)
     cfg, m = load_all(folder)
     picture = open_picture(args.input)
     lq = from_pil(picture).to(device())
@@ -965,6 +997,8 @@ def main():
                         help="2: guidance by PadCFG")
     args = parser.parse_args()
     folder = args.run or f"runs/{args.preset}"
+    if args.size < 16 or args.size % 8:
+        raise UserError("--size is a multiple of 8, 16 or more")
     if args.input:
         restore_file(args, folder)
         return 0
@@ -981,8 +1015,10 @@ def main():
         pairs, lpips = held_out(cfg), Perceptual(cfg.lpips_net).to(device())
     else:
         cfg = config_from(args)
-        torch.manual_seed(cfg.seed)
-        run, pairs = Run(folder, cfg), held_out(cfg)
+        check_config(cfg)
+        if cfg.space != "latent":
+            raise UserError("GenDR starts in latent space: --space latent")
+        pairs, run = held_out(cfg), Run(folder, cfg)
         lpips = Perceptual(cfg.lpips_net).to(device())
         models = train_all(run, pairs, lpips)
     passed = report(folder, cfg, models, pairs, lpips, args.size)

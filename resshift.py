@@ -57,6 +57,8 @@ class Config:
     steps: int = 15                      # T
     kappa: float = 2.0                   # noise strength
     power: float = 0.3                   # p, the shifting speed
+    eta_1: float = 0.0                   # 0: the paper's min((0.04 / kappa)^2, 0.001)
+    eta_T: float = 0.999
     # the networks
     unet_widths: tuple = (128, 256, 384, 384)
     unet_blocks: int = 2                 # residual blocks a level
@@ -106,18 +108,16 @@ class Config:
 PRESETS = {
     "small": {},
     "tiny": dict(
-        crop=128, pool=2048, degradation="real-esrgan", kappa=0.1,
-        unet_widths=(48, 96, 144), unet_blocks=1, head_width=48,
-        groups=16, context_tokens=4, context_width=64, vae_widths=(16, 32, 64, 64),
-        vae_blocks=1, vae_groups=8, lora_rank=16, estimator_width=16, batch=8,
-        learning_rate=1e-3, student_learning_rate=3e-4,
-        critic_learning_rate=1e-3, vae_learning_rate=1e-3, warmup=20, ema=0.99,
-        vae_crop=64,
-        vae_steps=300, prior_steps=500, estimator_steps=400, gendr_steps=500,
-        adc_steps=200, pix_steps=200, lpips_net="alex", precision="fp32",
-        save_every=100, log_every=50),
+        crop=128, pool=2048, degradation="real-esrgan", eta_1=0.6,
+        unet_widths=(48, 96, 144), unet_blocks=1, head_width=48, groups=16,
+        context_tokens=4, context_width=64, vae_widths=(16, 32, 64, 64), vae_blocks=1,
+        vae_groups=8, lora_rank=16, estimator_width=16, batch=8, warmup=20, ema=0.99,
+        learning_rate=1e-3, student_learning_rate=3e-4, critic_learning_rate=1e-3,
+        vae_learning_rate=1e-3, vae_crop=64, vae_steps=100, prior_steps=500,
+        estimator_steps=1500, gendr_steps=800, adc_steps=150, pix_steps=150,
+        lpips_net="alex", precision="fp32", save_every=100, log_every=50),
     "full": dict(
-        crop=512, pool=65_536, unet_widths=(320, 640, 1280, 1280), context_width=1024,
+        crop=512, pool=4096, unet_widths=(320, 640, 1280, 1280), context_width=1024,
         vae_widths=(128, 128, 256, 512), vae_skip=False, shortcut=False, batch=8,
         learning_rate=1e-5,
         vae_learning_rate=1e-4, vae_crop=256, vae_steps=500_000, prior_steps=500_000,
@@ -654,7 +654,8 @@ class ResShift(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.chain = ResidualShift(cfg.steps, cfg.kappa, cfg.power)
+        self.chain = ResidualShift(cfg.steps, cfg.kappa, cfg.power,
+                                   cfg.eta_1 or None, cfg.eta_T)
         self.pixel, self.shortcut = cfg.space == "pixel", cfg.shortcut
         channels = 3 * 4 ** (len(cfg.vae_widths) - 1) if self.pixel \
             else cfg.latent_channels
@@ -773,7 +774,7 @@ def random_kernel(dice, stage, ranges):
 def blur(x, kernel):
     """Filter every channel of x (B, C, H, W) by kernel (k, k), reflecting borders."""
     p, c = kernel.shape[0] // 2, x.shape[1]
-    x = F.pad(x, (p, p, p, p), mode="reflect")
+    x = F.pad(x, (p, p, p, p), "reflect" if p < min(x.shape[2:]) else "replicate")
     return F.conv2d(x, kernel.to(x).expand(c, 1, -1, -1), groups=c)
 
 
@@ -905,7 +906,8 @@ def open_picture(path):
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I") or picture.mode == "F":
                 array = np.array(picture, dtype=np.float64)    # 16 bits and more
-                array = array / 257 if array.max() > 255 else array
+                deep = picture.mode.startswith("I;16") or array.max() > 255
+                array = array / 257 if deep else array
                 picture = Image.fromarray(array.clip(0, 255).round().astype(np.uint8))
             alpha = "A" in picture.getbands() or "transparency" in picture.info
             return picture.convert("RGBA" if alpha else "RGB")
@@ -1031,9 +1033,8 @@ class Pool:
         if not photos:
             raise UserError(f"{cfg.train_data}: no picture has a {cfg.crop} pixel crop")
         dice, pairs = Dice(rng), []
-        areas = [float(p.shape[2] * p.shape[3]) for p in photos]
         for _ in tqdm(range(cfg.pool), "degraded pairs", disable=None):
-            hq = random_crop(from_bytes(dice.pick(photos, areas)), cfg.crop, dice)
+            hq = random_crop(from_bytes(dice.pick(photos)), cfg.crop, dice)
             lq, scores = degrade(hq, cfg, rng)
             pairs.append((to_bytes(hq), to_bytes(lq), scores))
         hq, lq, scores = (torch.cat(column) for column in zip(*pairs))
@@ -1065,8 +1066,7 @@ class Pool:
         out = []
         for index in tqdm(torch.arange(len(self)).split(self.cfg.batch),
                           f"pool: {name}", disable=None):
-            with autocast(self.cfg):
-                out.append(function(self.rows(index)).float().cpu())
+            out.append(function(self.rows(index)).float().cpu())
         self.columns[name] = torch.cat(out)
 
 
@@ -1103,6 +1103,8 @@ def held_out(cfg):
     for i, file in enumerate(picture_files(cfg.val_data)):
         hq = read_picture(file)
         s = 8 * cfg.scale
+        if min(hq.shape[2:]) < s:
+            raise UserError(f"{file}: smaller than {s} pixels")
         hq = hq[:, :, :hq.shape[2] // s * s, :hq.shape[3] // s * s]
         lq, scores = degrade(hq, cfg, torch.Generator().manual_seed(10_000 + i))
         pairs.append(Held(file.stem, hq.to(device()), lq.to(device()), scores))
@@ -1143,6 +1145,15 @@ class Run:
         except OSError:
             raise UserError(f"{self.folder}: another process writes this run") from None
 
+    def forget(self, stage, step):
+        """Drop a stage's rows of log.csv after `step`: a resumed stage writes anew."""
+        file = self.folder / "log.csv"
+        if file.exists():
+            rows = [line for line in file.read_text().splitlines(keepends=True)
+                    if not line.startswith(f"{stage},")
+                    or int(line.split(",")[1]) <= step]
+            write_file(file, "".join(rows))
+
     def log(self, stage, step, values):
         """Append one row a value to log.csv: stage, step, name, value."""
         file = self.folder / "log.csv"
@@ -1152,6 +1163,21 @@ class Run:
             if new:
                 rows.writerow(["stage", "step", "name", "value"])
             rows.writerows([stage, step, k, f"{v:.6g}"] for k, v in values.items())
+
+
+def check_config(cfg):
+    """Refuse, before anything is written, what would fail in the middle of a run."""
+    wrong = [
+        (cfg.degradation not in RANGES, f"degradation is one of {', '.join(RANGES)}"),
+        (cfg.space not in ("latent", "pixel"), "space is latent or pixel"),
+        (cfg.precision not in ("fp32", "bf16"), "precision is fp32 or bf16"),
+        (cfg.crop % (8 * cfg.scale) > 0, f"crop is a multiple of {8 * cfg.scale}"),
+        (cfg.vae_crop > cfg.crop or cfg.vae_crop % 8 > 0,
+         "vae_crop is a multiple of 8, at most crop")]
+    for bad, rule in wrong:
+        if bad:
+            raise UserError(rule)
+    picture_files(cfg.train_data)
 
 
 def write_file(path, data):
@@ -1265,13 +1291,12 @@ def train(run, stage, turns, pool, steps, watch=None):
     ema, first = Ema(turns[0].parameters, cfg.ema), 0
     if file.exists():
         first = load_checkpoint(file, turns, ema)
+        run.forget(stage, first)
         print(f"{stage}: resuming at step {first}")
-    salt = sum(ord(c) * 31 ** i for i, c in enumerate(stage)) % 1_000_003
     bar = tqdm(range(first, steps), stage, steps, initial=first, disable=None)
     started, mean = time.time(), {}
     for step in bar:
-        seed = (cfg.seed * 1_000_003 + salt) * 10 ** 7 + step
-        rng = torch.Generator().manual_seed(seed)
+        rng = torch.Generator().manual_seed(stage_seed(cfg, stage, step))
         batch, losses = pool.batch(rng), {}
         for turn in turns:
             rate = learning_rate_factor(step, steps, cfg.warmup)
@@ -1294,7 +1319,6 @@ def train(run, stage, turns, pool, steps, watch=None):
         if done % cfg.save_every == 0 and done < steps:
             save_checkpoint(file, turns, ema, done)
     ema.swap()
-    file.unlink(missing_ok=True)
 
 
 def save_checkpoint(file, turns, ema, step):
@@ -1307,11 +1331,12 @@ def save_checkpoint(file, turns, ema, step):
 
 def load_checkpoint(file, turns, ema):
     """The inverse of `save_checkpoint`; returns the step to go on from."""
-    state = torch.load(file, map_location=device(), weights_only=True)
+    state = torch.load(file, map_location="cpu", weights_only=True)
     for turn, module, optimizer in zip(turns, state["modules"], state["optimizers"]):
         turn.module.load_state_dict(module)
         turn.optimizer.load_state_dict(optimizer)
-    ema.count, ema.shadow = state["count"], state["shadow"]
+    ema.count = state["count"]
+    ema.shadow = [s.to(p.device) for s, p in zip(state["shadow"], ema.parameters)]
     return state["step"]
 
 
@@ -1392,39 +1417,51 @@ def error_by_time(prior, pool, cfg):
     return errors
 
 
-def chapter(run, name, model, teach):
-    """The model with its weights: loaded if runs/NAME holds them, else taught now."""
-    file = run.folder / f"{name}.safetensors"
+def chapter(run, name, build, teach):
+    """build()'s model with its weights: loaded if runs/NAME has them, else taught now.
+
+    The global generator is seeded for each chapter, so that a chapter's start does not
+    depend on which chapters before it were trained or loaded.
+    """
+    torch.manual_seed(stage_seed(run.cfg, name, 0))
+    model, file = build().to(device()), run.folder / f"{name}.safetensors"
     if file.exists():
         load_weights(model, file)
         print(f"{name}: loaded")
     else:
         teach(model)
         save_weights(model, file)
+        (run.folder / f"{name}.ckpt").unlink(missing_ok=True)
     return model.requires_grad_(False).eval()
+
+
+def stage_seed(cfg, name, step):
+    """A seed of its own for every run seed, stage and step."""
+    salt = sum(ord(c) * 31 ** i for i, c in enumerate(name)) % 1_000_003
+    return ((cfg.seed * 1_000_003 + salt) * 10 ** 7 + step) % 2 ** 63
 
 
 def chapter_one(run, pool, pairs):
     """(end, prior): train what is missing.  `pool` gains z_hq and z_lq."""
     cfg = run.cfg
-    end = build_end(cfg, cfg.space)
     if cfg.space == "latent":
-        end = chapter(run, "vae", end.to(device()), lambda m: train_vae(run, m, pool))
+        end = chapter(run, "vae", lambda: VAE(cfg), lambda m: train_vae(run, m, pool))
+    else:
+        end = build_end(cfg, cfg.space)
     pool.add("z_hq", lambda rows: end.encode(rows["hq"]))
     pool.add("z_lq", lambda rows: end.encode(rows["lq_up"]))
-    prior = ResShift(cfg).to(device())
 
-    def watch():
+    def watch(prior):
         return {"psnr": mean_psnr(lambda p: sample(prior, end, p.lq, cfg), pairs[:3]),
                 "bicubic": mean_psnr(lambda p: upsample(p.lq, cfg.scale), pairs[:3])}
 
     def teach(model):
-        train_prior(run, model, pool, watch)
+        train_prior(run, model, pool, lambda: watch(model))
         errors = error_by_time(model, pool, cfg)
         run.log("resshift", cfg.prior_steps,
                 {f"mse at t={i + 1}": e for i, e in enumerate(errors)})
         print("mse of x0 at t = 1 .. T:", " ".join(f"{e:.3f}" for e in errors))
-    return end, chapter(run, "resshift", prior, teach)
+    return end, chapter(run, "resshift", lambda: ResShift(cfg), teach)
 
 
 def mean_psnr(method, pairs):
@@ -1485,7 +1522,7 @@ def config_parser(description):
                       default="small", help="the preset for a CPU, minutes")
     size.add_argument("--full", dest="preset", action="store_const", const="full",
                       help="the preset at Stable Diffusion's size")
-    parser.add_argument("--run", help="folder of the run (default: runs/PRESET)")
+    parser.add_argument("--run", help="folder of the run, runs/PRESET if left out")
     numbers = parser.add_argument_group("numbers (default < preset < flag)")
     for field in dataclasses.fields(Config):
         flag = "--" + field.name.replace("_", "-")
@@ -1529,10 +1566,18 @@ def load_chapter_one(folder):
     return cfg, end, prior.requires_grad_(False)
 
 
+def check_output(path):
+    """Refuse an output that cannot be written before the work is done."""
+    if not Path(path).parent.is_dir():
+        raise UserError(f"{path}: no such folder")
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"{path}: not a picture format")
+
+
 def save_picture(y, path, alpha=None):
     """Write (1, 3, H, W) in [-1, 1], with an alpha channel (Pillow's L) if given."""
     picture = to_pil(y)
-    if alpha is not None:
+    if alpha is not None and Path(path).suffix.lower() not in (".jpg", ".jpeg"):
         picture.putalpha(alpha.resize(picture.size, Image.BICUBIC))
     try:
         picture.save(path)
@@ -1544,8 +1589,9 @@ def command_line(main):
     """Run main(); a `UserError` is one line on stderr and exit code 2."""
     try:
         sys.exit(main())
-    except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except (UserError, OSError) as error:                      # OSError: a full disk
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def main():
@@ -1557,6 +1603,7 @@ def main():
     args = parser.parse_args()
     folder = args.run or f"runs/{args.preset}"
     if args.input:
+        check_output(args.output)
         cfg, end, prior = load_chapter_one(folder)
         lq = read_picture(args.input).to(device())
         save_picture(sample(prior, end, lq, cfg), args.output)
@@ -1564,8 +1611,8 @@ def main():
     if not args.train:
         parser.error("nothing to do: --train, or --input with --output")
     cfg = config_from(args)
-    torch.manual_seed(cfg.seed)
-    run, pairs = Run(folder, cfg), held_out(cfg)
+    check_config(cfg)
+    pairs, run = held_out(cfg), Run(folder, cfg)
     end, prior = chapter_one(run, Pool(cfg), pairs)
     perceptual = Perceptual(cfg.lpips_net).to(device())
     methods = {"bicubic": lambda p: upsample(p.lq, cfg.scale),

@@ -21,6 +21,7 @@ from torch import nn
 import gendr_pix as g
 import resshift as r
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                   # the tests are the CPU's
 HERE = Path(__file__).parent
 MICRO = dataclasses.replace(
     r.preset("tiny"), crop=32, pool=4, batch=4, steps=4, unet_widths=(16, 32),
@@ -342,8 +343,8 @@ def test_pictures_open_as_a_viewer_shows_them(tmp_path):
 def test_upsampling_keeps_the_centre_and_equals_pillows():
     x = torch.rand(1, 1, 8, 8, generator=rng()) * 2 - 1
     theirs = Image.fromarray(x[0, 0].numpy()).resize((32, 32), Image.BICUBIC)
-    ours = F.interpolate(x, size=(32, 32), mode="bicubic", antialias=True)
-    close(ours[0, 0], torch.from_numpy(np.array(theirs)), 1e-5)
+    ours = r.upsample(x.expand(-1, 3, -1, -1), 4)
+    close(ours[0, 1], torch.from_numpy(np.array(theirs)).clamp(-1, 1), 1e-5)
     symmetric = x + x.flip(2, 3)
     up = r.upsample(symmetric.expand(-1, 3, -1, -1) / 2, 4)
     close(up, up.flip(2, 3), 1e-5)                                  # no sub-pixel shift
@@ -373,12 +374,14 @@ def test_lpips_without_its_backbone_says_so_and_repeats(monkeypatch, capsys):
 # ---- resshift.py, 7 and 8: pairs and the training loop -------------------------------
 
 
-def world(tmp_path, in_project, cfg=MICRO):
+def world(tmp_path, cfg=MICRO, frozen=True):
     """A run, its pool, and an untrained but awake end and prior."""
     run, pool = r.Run(tmp_path / "run", cfg), r.Pool(cfg)
     vae, prior = r.VAE(cfg), r.ResShift(cfg)
     vae.start_from_pca(pool.rows(torch.arange(4))["hq"])
     vae.requires_grad_(False)
+    if frozen:
+        prior.requires_grad_(False)
     pool.add("z_hq", lambda rows: vae.encode(rows["hq"]))
     pool.add("z_lq", lambda rows: vae.encode(rows["lq_up"]))
     pool.columns["estimate"] = pool.columns["scores"]
@@ -404,7 +407,7 @@ def test_every_stage_overfits_one_batch(stage, loss, steps, factor, tmp_path,
         gendr_steps=steps, adc_steps=steps, pix_steps=steps, negative=0.0, log_every=5,
         save_every=1000, learning_rate=5e-3, student_learning_rate=3e-3,
         vae_learning_rate=3e-3, ema=0.5)
-    run, pool, vae, prior = world(tmp_path, in_project, cfg)
+    run, pool, vae, prior = world(tmp_path, cfg, stage != "resshift")
     play_stage(stage, run, pool, vae, prior)
     first, last = first_and_last(run, stage, loss)
     assert last < factor * first
@@ -441,15 +444,16 @@ def play_stage(stage, run, pool, vae, prior):
     return pix
 
 
-@pytest.mark.parametrize("stage", ["vae", "resshift", "gendr", "adc", "pix"])
+@pytest.mark.parametrize("stage", ["vae", "resshift", "estimator", "gendr", "adc",
+                                   "pix"])
 def test_a_killed_stage_resumes_bit_for_bit(stage, tmp_path, in_project, monkeypatch):
     no_backbone(monkeypatch)
     cfg = dataclasses.replace(MICRO, vae_steps=5, prior_steps=5, gendr_steps=5,
-                              adc_steps=5, pix_steps=5)
+                              estimator_steps=5, adc_steps=5, pix_steps=5)
 
     def trained(folder, kill_at=None):
         torch.manual_seed(1)
-        run, pool, vae, prior = world(folder, in_project, cfg)
+        run, pool, vae, prior = world(folder, cfg, stage != "resshift")
         if kill_at:
             batch, calls = pool.batch, []
 
@@ -471,7 +475,7 @@ def test_a_killed_stage_resumes_bit_for_bit(stage, tmp_path, in_project, monkeyp
 
 
 def test_a_loss_that_is_not_finite_stops_the_stage_by_name(tmp_path, in_project):
-    run, pool, _, _ = world(tmp_path, in_project)
+    run, pool, _, _ = world(tmp_path)
     model = nn.Linear(1, 1)
     turn = r.Turn("player", model, lambda b, s: {
         "fine": model.weight.sum(), "broken": model.weight.sum() / 0 * 0}, 1e-3)
@@ -507,7 +511,7 @@ def test_weights_files_are_checked(tmp_path):
 def awake_restorer(cfg=MICRO, seed=0):
     """A GenDR whose prior, LoRA and prompts all have random weights."""
     torch.manual_seed(seed)
-    prior, vae = wake(r.ResShift(cfg)), r.VAE(cfg)
+    prior, vae = wake(r.ResShift(cfg)).requires_grad_(False), r.VAE(cfg)
     vae.start_from_pca(randn(8, 3, 32, 32))
     return g.gendr_from_prior(prior, vae, cfg), prior
 
@@ -597,6 +601,7 @@ def test_prior_and_student_share_one_base_network():
     shared = student.unet.mid_block.resnets[0].conv1.base.weight
     assert shared is prior.unet.mid_block.resnets[0].conv1.weight
     assert not shared.requires_grad and student.unet.conv_in.weight.requires_grad
+    assert student.prompts.table.requires_grad
 
 
 def test_least_squares_finds_an_exact_linear_map():
@@ -703,6 +708,17 @@ def test_generators_adversarial_step_leaves_no_gradient_in_the_discriminator():
     assert all(p.grad is not None for p in critic.parameters())
 
 
+def test_discriminator_reads_the_end_of_every_level():
+    gendr, _ = awake_restorer()
+    critic, h = g.Discriminator(gendr, MICRO), randn(1, 16, 8, 8)
+    shapes = [tuple(f.shape[1:]) for f in critic.features(h)]
+    assert shapes == [(16, 8, 8), (32, 4, 4), (32, 4, 4)]
+    seen = []
+    block = critic.backbone[0].unet.down_blocks[0]
+    block.attentions[-1].register_forward_hook(lambda m, x, y: seen.append(y))
+    assert torch.equal(critic.features(h)[0], seen[0])
+
+
 def test_adversarial_losses_are_the_softplus_formulas():
     gendr, _ = awake_restorer()
     critic = g.Discriminator(gendr, MICRO)
@@ -756,6 +772,10 @@ def test_spearman_and_live_bytes_by_hand():
         z = y * 2                                            # 8,000 again
         z += 1                                               # in place: nothing new
     assert live.peak == 8000 and z[0] == 3
+    layer, x = nn.Linear(100, 10), torch.zeros(1, 100)
+    with g.LiveBytes() as live, torch.no_grad():
+        layer(x)
+    assert live.peak == 40                                   # the output, no weights
 
 
 # ---- the commands --------------------------------------------------------------------
@@ -800,6 +820,17 @@ def test_train_goes_through_every_stage_and_writes_every_file(finished):
     passed = all(c["floor"] for c in metrics["checks"])
     assert (done.returncode == 0) == passed
     assert Image.open(folder / "report.png").size[0] > 600
+
+
+def test_loaded_weights_give_the_table_of_the_training_process(finished):
+    folder, _ = finished
+    before = json.loads((folder / "metrics.json").read_text())["table"]
+    done = command("gendr_pix.py", "--eval", "--run", folder, "--size", 64)
+    assert done.returncode in (0, 1), done.stderr
+    after = json.loads((folder / "metrics.json").read_text())["table"]
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name]["psnr"] == pytest.approx(after[name]["psnr"], abs=1e-4)
 
 
 def test_a_picture_goes_in_and_comes_out_four_times_larger(finished, tmp_path):
