@@ -28,6 +28,7 @@ import time
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ SCORES = ("blur", "noise")
 class DegradationEstimator(nn.Module):
     """lq (B, 3, h, w) in [-1, 1] -> scores (B, 2) in (0, 1): blur, noise.
 
-    Two independent branches, pooled to the mean and the spread of every channel.
+    Two independent branches, pooled to mean and log deviation of every channel.
     S3Diff learns them by ranking; here the true strengths are known (`degrade`), so
     they are learned by regression (not in the paper).
     """
@@ -75,7 +76,7 @@ class DegradationEstimator(nn.Module):
         scores = []
         for branch, head in zip(self.branches, self.heads):
             f = branch(lq).flatten(2)                          # (B, C, n)
-            spread = (f.var(2) + 1e-6).sqrt()
+            spread = (f.var(2, unbiased=False) + 1e-6).log() / 2
             scores.append(head(torch.cat([f.mean(2), spread], dim=1)))
         return torch.sigmoid(torch.cat(scores, dim=1))         # (B, 2)
 
@@ -85,8 +86,8 @@ class ScoreEmbedding(nn.Module):
 
     e_j = [sin(2 pi d_j W), cos(2 pi d_j W)], W ~ N(0, 1)^64 fixed; both e_j: 256
     numbers, Linear + ReLU; a learned embedding of 64 per block, Linear + ReLU; the
-    two concatenated (320), Linear to r * r.  The last bias starts at the identity (not
-    in the paper), so that the module starts as a plain LoRA.
+    two concatenated (320), Linear to r * r.  The last layer starts at the identity for
+    all scores (not in the paper), so that training starts from a plain LoRA.
     """
 
     def __init__(self, blocks, rank):
@@ -97,6 +98,7 @@ class ScoreEmbedding(nn.Module):
         self.block_embedding = nn.Parameter(torch.randn(blocks, 64))
         self.block_mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
         self.to_matrix = nn.Linear(320, rank * rank)
+        nn.init.zeros_(self.to_matrix.weight)
         self.to_matrix.bias.data.copy_(torch.eye(rank).flatten())
 
     def forward(self, scores):
@@ -144,8 +146,6 @@ class LoRALayer(nn.Module):
     @torch.no_grad()
     def fold(self):
         """W' = W + s B M^T A, for the one image that `matrix` belongs to."""
-        if self.plain is not None:
-            self.unfold()
         a = self.A.weight.flatten(1)                           # (r, in * k * k)
         m_t_a = a if self.matrix is None else self.matrix[0].T.to(a) @ a
         delta = self.scale * self.B.weight.flatten(1) @ m_t_a
@@ -263,7 +263,8 @@ def gendr_from_prior(prior, vae, cfg):
 
     The prior's conv_in sees [s x_T, y0], s its input scale at T.  With x_T = y0 and no
     noise, W' = s W[:, :C] + W[:, C:] on y0 alone gives exactly the prior's first step.
-    Trained: conv_in in full, LoRA, its embedding, the prompts.
+    Trained: conv_in in full, LoRA, its embedding, the prompts.  Training the chain
+    showed the prior noise in x_T; the fine-tuning makes up for its absence.
     """
     unet = share_copy(prior.unet).requires_grad_(False)
     c = vae.channels
@@ -323,7 +324,7 @@ def pixel_input(teacher, cfg, lq_up=None):
 
     conv_in (192 channels) and the shortcut start by least squares on lq_up:
     conv_in'(unshuffle(x)) near conv_in(encode(x)), shortcut'(unshuffle(x)) near
-    shortcut(encode(x)).  Not in the paper; `cfg.least_squares` off: torch's start.
+    shortcut(encode(x)).  Not in the paper; cfg.least_squares off: torch's start.
     Without lq_up only the structure is built, for weights to be loaded into.
     """
     student = teacher.copy()
@@ -333,12 +334,11 @@ def pixel_input(teacher, cfg, lq_up=None):
     if cfg.shortcut:
         student.shortcut = nn.Conv2d(end.channels, teacher.end_out.channels, 1)
     student.to(device())
-    if lq_up is not None:
+    if lq_up is not None and cfg.least_squares:
         x, z = end.encode(lq_up), teacher.end_in.encode(lq_up)
+        fit_conv(student.unet.conv_in, x, teacher.unet.conv_in(z))
         if cfg.shortcut:
             fit_conv(student.shortcut, x, teacher.shortcut(z))
-        if cfg.least_squares:
-            fit_conv(student.unet.conv_in, x, teacher.unet.conv_in(z))
     return trainable(student)
 
 
@@ -360,16 +360,14 @@ def pixel_output(teacher, cfg, rows=None):
     """
     student = teacher.copy()
     end = student.end_out = PixelShuffle(teacher.end_out.factor)
-    last = student.unet.conv_out
-    conv = new_conv(last.base, out_channels=end.channels)
+    conv = new_conv(teacher.unet.conv_out.base, out_channels=end.channels)
     student.shortcut = nn.Identity() if cfg.shortcut else None
     if rows is not None and cfg.least_squares:
         h, seen = student.end_in.encode(rows["lq_up"]), []
-        hook = last.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-        teacher_shortcut, student.shortcut = student.shortcut, None
-        student.step(h, rows["estimate"])
+        hook = teacher.unet.conv_out.register_forward_pre_hook(
+            lambda _, x: seen.append(x[0]))
+        teacher.step(h, rows["estimate"])
         hook.remove()
-        student.shortcut = teacher_shortcut
         fit_conv(conv, seen[0], end.encode(rows["y_tea"]) - (h if cfg.shortcut else 0))
     student.unet.conv_out = LoRALayer(conv, cfg.lora_rank)
     return trainable(student.to(device()))
@@ -388,6 +386,7 @@ def rand_pad(x, ph, pw):
     return F.pad(x, (pw, 8 - pw, ph, 8 - ph), mode="reflect")
 
 
+@lru_cache(maxsize=8)
 def fourier_mask(h, w, factor=8):
     """M (h, w) over fft2's bins: 1 near the lattice (k h/8, l w/8) but (0, 0), else 0.
 
@@ -400,8 +399,8 @@ def fourier_mask(h, w, factor=8):
         distance = (torch.arange(n)[:, None] - point).abs()
         return torch.minimum(distance, n - distance) <= 1
     rows, columns = near(h), near(w)
-    mask = torch.einsum("uk,vl->uvkl", rows.float(), columns.float()).flatten(2) > 0
-    return mask[:, :, 1:].any(2).float()         # the first point is (0, 0)
+    mask = rows.any(1)[:, None] & columns.any(1)
+    return (mask & ~(rows[:, :1] & columns[:, 0])).float()     # not around (0, 0)
 
 
 def masked_fourier_loss(y_student, y_teacher, factor=8):
@@ -504,7 +503,8 @@ def train_estimator(run, estimator, pool):
     """The two scores by regression on the strengths that `degrade` knows."""
     def losses(batch, rng):
         return {"scores": F.mse_loss(estimator(batch["lq"]), batch["scores"])}
-    turns = [Turn("estimator", estimator, losses, run.cfg.learning_rate)]
+    turns = [Turn("estimator", estimator, losses,
+                  run.cfg.estimator_learning_rate)]
     train(run, "estimator", turns, pool, run.cfg.estimator_steps)
 
 
@@ -528,6 +528,8 @@ def train_adc(run, teacher, student, pool, watch):
     """Stage I: L_G1 = || z_tea - z_stu ||_1 + l1 softplus(-D(z_stu)).
 
     Teacher: GenDR's latents (in the pool).  Critic: GenDR's features.  Real: HQ.
+    Negative samples count in the reconstruction losses as S3Diff has it, and their
+    outputs go to D like all others.  l1 is printed for stage II only; we reuse it.
     """
     cfg, critic = run.cfg, Discriminator(teacher, run.cfg)
     adversary = Adversary(critic)
@@ -541,6 +543,7 @@ def train_adc(run, teacher, student, pool, watch):
 
     def discriminator(batch, rng):
         return {"d": adversary.discriminator_loss(batch["z_hq"])}
+    # The generator plays first: D's turn judges the fake that it left in `adversary`.
     turns = [Turn("generator", student, generator, cfg.student_learning_rate),
              Turn("discriminator", critic, discriminator, cfg.critic_learning_rate)]
     train(run, "adc", turns, pool, cfg.adc_steps, watch)
@@ -554,7 +557,7 @@ def train_pix(run, teacher, student, pool, lpips, watch):
     L_P is LPIPS (the paper does not say which).  Weights 0.05 / 1 / 0.1.
     """
     cfg, critic = run.cfg, Discriminator(teacher, run.cfg)
-    adversary, shift = Adversary(critic), {}
+    adversary, shift = Adversary(critic), {}      # shift: one phase for both turns
 
     def eat(y):
         return teacher.end_in.encode(rand_pad(y, *shift["phase"]))
@@ -656,7 +659,7 @@ class LiveBytes(TorchDispatchMode):
     """Peak bytes of tensors alive at once that were made inside the `with` block.
 
     Counts every storage an operation returns until it is freed: activations, not
-    weights, and not what a kernel takes for itself.  The same number on every CPU.
+    weights, and not what a kernel takes for itself.
     """
 
     def __init__(self):
@@ -720,17 +723,32 @@ def measure(function, repeats=5):
     return milliseconds, live.peak
 
 
+def parameters_used(model, x, scores):
+    """How many parameters a forward pass touches: a folded LoRA's own do not count."""
+    used, hooks = {}, []
+
+    def note(module, *_):
+        used.update({id(p): p.numel() for p in module.parameters(recurse=False)})
+    for module in model.modules():
+        hooks.append(module.register_forward_hook(note))
+    model(x, scores)
+    for hook in hooks:
+        hook.remove()
+    return sum(used.values())
+
+
+@torch.no_grad()
 def benchmark(models, size):
     """{name: {"ms", "bytes", "parameters"}} of one and two passes at size x size.
 
-    The LoRA is folded, as in `restore`.  models: GenDR, GenDR-Adc, GenDR-Pix by name.
+    The LoRA is folded, as in `restore`; fp32.  models: GenDR, GenDR-Adc, GenDR-Pix.
     """
     x = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     x, scores, rows = (2 * x - 1).to(device()), torch.zeros(1, 2, device=device()), {}
     for name, model in models.items():
-        parameters = sum(p.numel() for p in model.parameters())
         fold(model, scores)
-        for label, weight in ((name, 1), (name + " guided", 1.07)):
+        parameters = parameters_used(model, x, scores)
+        for label, weight in ((name, 1), (name + " guided", 1.07)):    # any w but 1
             def run():
                 return model(x, scores) if weight == 1 else guided(
                     model, x, scores, weight)
@@ -773,9 +791,9 @@ def rank_correlations(estimator, pairs, cfg, draws=8):
 
 
 def spearman(a, b):
-    """Rank correlation of two (N,) tensors without ties."""
-    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
-    return torch.corrcoef(ranks)[0, 1].item()
+    """Rank correlation of two (N,) tensors; ties share their mean rank."""
+    ranks = [(x < x[:, None]).sum(1) + 0.5 * (x == x[:, None]).sum(1) for x in (a, b)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
 @dataclass(frozen=True)
@@ -793,7 +811,11 @@ class Check:
 
 
 def checks(table, bench, lattice):
-    """The claims of the papers as numbers of this run: a list of `Check`s."""
+    """The papers' claims as numbers of this run: a list of `Check`s.
+
+    GenDR-Pix prints 2.8x and 60 % for PadCFG against GenDR, which is guided too; here
+    both are asked like for like, with guidance (a bar) and without (also a floor).
+    """
     nan, rows, t = math.nan, [], table
     rows.append(Check("VAE reconstruction", t["VAE"]["psnr"], 28, 30, "dB"))
 
@@ -928,20 +950,27 @@ def load_all(folder):
     return cfg, Models(end, prior, estimator, gendr, adc, pix)
 
 
-def report(folder, cfg, models, pairs, lpips, size=512):
-    """Evaluate, measure, draw; write metrics.json and report.png; True if PASS."""
-    m = models
-
+def methods_of(m, cfg):
+    """{name: function of a `Held` pair -> picture}: every row of the first table."""
     def one(model, weight=1.0):
         return lambda p: restore(model, m.estimator, p.lq, cfg.scale, weight)
-    methods = {
+
+    def autoencode(p):
+        with torch.no_grad():
+            y = m.end.decode(m.end.encode(pad_to(p.hq, m.end.factor)))
+        return y[:, :, :p.hq.shape[2], :p.hq.shape[3]]
+    return {
         "bicubic": lambda p: upsample(p.lq, cfg.scale),
-        "VAE": lambda p: m.end.decode(m.end.encode(p.hq)),
+        "VAE": autoencode,
         "ResShift": lambda p: sample(m.prior, m.end, p.lq, cfg),
         "GenDR": one(m.gendr), "GenDR-Adc": one(m.adc), "GenDR-Pix": one(m.pix),
         "GenDR guided": one(m.gendr, cfg.guidance),
         "GenDR-Pix PadCFG": one(m.pix, cfg.guidance)}
-    table = evaluate(methods, pairs, lpips)
+
+
+def report(folder, cfg, models, pairs, lpips, size=512):
+    """Evaluate, measure, draw; write metrics.json and report.png; True if PASS."""
+    m, table = models, evaluate(methods_of(models, cfg), pairs, lpips)
     print_table(table, lpips.name)
     ranks = rank_correlations(m.estimator, pairs, cfg)
     print("\nestimator, rank correlation with the truth: "
@@ -973,13 +1002,14 @@ def restore_file(args, folder):
     """--input to --output; an alpha channel is resized beside the picture."""
     check_output(args.output)
     cfg, m = load_all(folder)
+    passes = args.passes or (2 if args.guidance else 1)
     picture = open_picture(args.input)
     lq = from_pil(picture).to(device())
     alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
-    weight = 1.0 if args.passes == 1 else cfg.guidance
+    weight = 1.0 if passes == 1 else args.guidance or cfg.guidance
     y = restore(m.pix, m.estimator, lq, cfg.scale, weight, args.tile)
     save_picture(y, args.output, alpha)
-    print(f"{args.output}: {y.shape[3]}x{y.shape[2]}, {args.passes} pass(es)")
+    print(f"{args.output}: {y.shape[3]}x{y.shape[2]}, passes: {passes}")
 
 
 def main():
@@ -987,14 +1017,15 @@ def main():
     parser = config_parser(__doc__)
     parser.add_argument("--train", action="store_true", help="all chapters, and --eval")
     parser.add_argument("--eval", action="store_true", help="the table of a run")
+    parser.add_argument("--data", help="--eval: photos, or a folder with lq/ and hq/")
     parser.add_argument("--bench", action="store_true", help="time and memory of a run")
     parser.add_argument("--size", type=int, default=512, help="--bench: output pixels")
     parser.add_argument("--input", help="a picture to restore")
     parser.add_argument("--output", default="up.png", help="where to write it")
     parser.add_argument("--tile", type=int, default=0,
                         help="restore in squares of this many output pixels")
-    parser.add_argument("--passes", type=int, choices=(1, 2), default=1,
-                        help="2: guidance by PadCFG")
+    parser.add_argument("--passes", type=int, choices=(1, 2),
+                        help="2: PadCFG, with the weight --guidance")
     args = parser.parse_args()
     folder = args.run or f"runs/{args.preset}"
     if args.size < 16 or args.size % 8:
@@ -1012,7 +1043,11 @@ def main():
     started = time.time()
     if args.eval:
         cfg, models = load_all(folder)
-        pairs, lpips = held_out(cfg), Perceptual(cfg.lpips_net).to(device())
+        pairs = held_out(cfg, args.data)
+        lpips = Perceptual(cfg.lpips_net).to(device())
+        if args.data:
+            print_table(evaluate(methods_of(models, cfg), pairs, lpips), lpips.name)
+            return 0
     else:
         cfg = config_from(args)
         check_config(cfg)

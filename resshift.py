@@ -9,7 +9,7 @@ Papers: ResShift, arXiv 2307.12348 (NeurIPS 2023), journal version 2403.07319.
         Degradation: Real-ESRGAN, arXiv 2107.10833; mild ranges: S3Diff, 2409.17058.
 
     python resshift.py --train --tiny                   train on tiny_data/, evaluate
-    python resshift.py --train --tiny --space pixel     the same without autoencoder
+    python resshift.py --train --tiny --space pixel --run runs/pixel    no autoencoder
     python resshift.py --tiny --input lq.png            restore one picture to up.png
 
 Symbols: B batch, C channels, H W full resolution, h w latent resolution, f = 8;
@@ -79,6 +79,7 @@ class Config:
     student_learning_rate: float = 5e-5  # stages I and II
     critic_learning_rate: float = 1e-4
     vae_learning_rate: float = 5e-4
+    estimator_learning_rate: float = 1e-3
     warmup: int = 200
     ema: float = 0.999
     clip: float = 1.0                    # gradient norm
@@ -113,9 +114,10 @@ PRESETS = {
         context_tokens=4, context_width=64, vae_widths=(16, 32, 64, 64), vae_blocks=1,
         vae_groups=8, lora_rank=16, estimator_width=16, batch=8, warmup=20, ema=0.99,
         learning_rate=1e-3, student_learning_rate=3e-4, critic_learning_rate=1e-3,
-        vae_learning_rate=1e-3, vae_crop=64, vae_steps=100, prior_steps=500,
-        estimator_steps=1500, gendr_steps=800, adc_steps=150, pix_steps=150,
-        lpips_net="alex", precision="fp32", save_every=100, log_every=50),
+        vae_learning_rate=1e-3, estimator_learning_rate=3e-3, vae_crop=64,
+        vae_steps=100, prior_steps=600, estimator_steps=2500, gendr_steps=700,
+        adc_steps=150, pix_steps=150, lpips_net="alex", precision="fp32",
+        save_every=100, log_every=100),
     "full": dict(
         crop=512, pool=4096, unet_widths=(320, 640, 1280, 1280), context_width=1024,
         vae_widths=(128, 128, 256, 512), vae_skip=False, shortcut=False, batch=8,
@@ -132,6 +134,11 @@ def preset(name):
 
 
 # ---- 2. The residual-shifting chain (read) -- ResShift, Eqs. 1-10 --------------------
+
+
+def noise_like(x, rng):
+    """N(0, I) in x's shape from a CPU generator, so that all devices draw alike."""
+    return torch.randn(x.shape, generator=rng).to(x)
 
 
 class ResidualShift:
@@ -215,14 +222,13 @@ class ResidualShift:
         There is no strided sampler: the posterior is exact only between neighbours of
         the schedule the model was trained on, and T is short by design.
         """
-        def noise():
-            shape = y0.shape
-            return torch.randn(shape, generator=generator).to(y0)
-        x = self.prior_sample(y0, noise())
+        x = self.prior_sample(y0, noise_like(y0, generator))
         for step in range(self.steps, 0, -1):
             t = torch.full((len(y0),), step)
             mean, variance = self.posterior(x, model(x, y0, t), t)
-            x = mean + variance.sqrt() * noise() if step > 1 else mean
+            x = mean
+            if step > 1:
+                x = mean + variance.sqrt() * noise_like(y0, generator)
         return x
 
 
@@ -415,8 +421,10 @@ class UNet(nn.Module):
         for m in self.modules():             # residual branches start at zero: for
             if isinstance(m, ResBlock):      # training from scratch, not in the paper
                 nn.init.zeros_(m.conv2.weight)
+                nn.init.zeros_(m.conv2.bias)
             elif isinstance(m, Transformer):
                 nn.init.zeros_(m.proj_out.weight)
+                nn.init.zeros_(m.proj_out.bias)
         if cfg.shortcut:                     # and so does the step away from the input
             nn.init.zeros_(self.conv_out.weight)
             nn.init.zeros_(self.conv_out.bias)
@@ -530,7 +538,7 @@ class VaeMiddle(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """(B, 3, H, W) -> (B, out_ch, H/f, W/f), f = 2^(levels - 1)."""
+    """(B, 3, H, W) -> (B, out_ch, H/8, W/8): four levels, halved three times."""
 
     def __init__(self, cfg, out_ch):
         super().__init__()
@@ -583,7 +591,7 @@ class VAE(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         c = self.channels = cfg.latent_channels
-        self.factor = 2 ** (len(cfg.vae_widths) - 1)
+        self.factor = 8
         self.encoder, self.decoder = VaeEncoder(cfg, 2 * c), VaeDecoder(cfg, c)
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
         self.post_quant_conv = nn.Conv2d(c, c, 1)
@@ -637,11 +645,9 @@ class VAE(nn.Module):
         return y + self.shuffle.decode(self.skip_out(z)) if self.shuffle else y
 
 
-def build_end(cfg, space):
-    """The end for a space: "latent" -> VAE, "pixel" -> PixelShuffle of the same f."""
-    if space == "latent":
-        return VAE(cfg)
-    return PixelShuffle(2 ** (len(cfg.vae_widths) - 1))
+def build_end(cfg):
+    """The end of cfg.space: "latent" -> an untrained VAE, "pixel" -> PixelShuffle."""
+    return VAE(cfg) if cfg.space == "latent" else PixelShuffle(8)
 
 
 class ResShift(nn.Module):
@@ -657,9 +663,10 @@ class ResShift(nn.Module):
         self.chain = ResidualShift(cfg.steps, cfg.kappa, cfg.power,
                                    cfg.eta_1 or None, cfg.eta_T)
         self.pixel, self.shortcut = cfg.space == "pixel", cfg.shortcut
-        channels = 3 * 4 ** (len(cfg.vae_widths) - 1) if self.pixel \
-            else cfg.latent_channels
+        channels = 192 if self.pixel else cfg.latent_channels
         self.unet = UNet(cfg, 2 * channels, channels)
+        # Noise would drown y0 at first: x_t's weights start at zero (not in the paper).
+        nn.init.zeros_(self.unet.conv_in.weight[:, :channels])
         self.prompts = Prompts(cfg)
 
     def forward(self, x_t, y0, t, prompt=POSITIVE):
@@ -1097,10 +1104,24 @@ class Held:
     scores: torch.Tensor
 
 
-def held_out(cfg):
-    """The held-out photos, each degraded with a seed of its own, whatever cfg.seed."""
-    pairs = []
-    for i, file in enumerate(picture_files(cfg.val_data)):
+def held_out(cfg, folder=None):
+    """Held-out photos, each degraded with a seed of its own, whatever cfg.seed.
+
+    A folder with lq/ and hq/ inside gives real pairs, file by file; scores are nan.
+    """
+    folder, pairs = Path(folder or cfg.val_data), []
+    if (folder / "lq").is_dir():
+        both = [picture_files(folder / name) for name in ("hq", "lq")]
+        if len(both[0]) != len(both[1]):
+            raise UserError(f"{folder}: hq/ and lq/ differ in number")
+        for hq_file, lq_file in zip(*both):
+            hq, lq = (read_picture(f).to(device()) for f in (hq_file, lq_file))
+            if hq.shape[2:] != tuple(n * cfg.scale for n in lq.shape[2:]):
+                raise UserError(f"{hq_file}: not {cfg.scale} times as large as "
+                                f"{lq_file}")
+            pairs.append(Held(hq_file.stem, hq, lq, torch.full((1, 2), math.nan)))
+        return pairs
+    for i, file in enumerate(picture_files(folder)):
         hq = read_picture(file)
         s = 8 * cfg.scale
         if min(hq.shape[2:]) < s:
@@ -1171,6 +1192,7 @@ def check_config(cfg):
         (cfg.degradation not in RANGES, f"degradation is one of {', '.join(RANGES)}"),
         (cfg.space not in ("latent", "pixel"), "space is latent or pixel"),
         (cfg.precision not in ("fp32", "bf16"), "precision is fp32 or bf16"),
+        (len(cfg.vae_widths) != 4, "vae_widths has four levels: f = 8"),
         (cfg.crop % (8 * cfg.scale) > 0, f"crop is a multiple of {8 * cfg.scale}"),
         (cfg.vae_crop > cfg.crop or cfg.vae_crop % 8 > 0,
          "vae_crop is a multiple of 8, at most crop")]
@@ -1343,11 +1365,6 @@ def load_checkpoint(file, turns, ema):
 # ---- 9. Chapter 1: autoencoder and prior (read) --------------------------------------
 
 
-def noise_like(x, rng):
-    """N(0, I) in x's shape from a CPU generator, so that all devices draw alike."""
-    return torch.randn(x.shape, generator=rng).to(x)
-
-
 def train_vae(run, vae, pool):
     """|| opponent(x - D(z)) ||^2 + KL weight * KL(q(z | x) || N(0, I)), on small crops.
 
@@ -1444,10 +1461,9 @@ def stage_seed(cfg, name, step):
 def chapter_one(run, pool, pairs):
     """(end, prior): train what is missing.  `pool` gains z_hq and z_lq."""
     cfg = run.cfg
+    end = build_end(cfg)
     if cfg.space == "latent":
         end = chapter(run, "vae", lambda: VAE(cfg), lambda m: train_vae(run, m, pool))
-    else:
-        end = build_end(cfg, cfg.space)
     pool.add("z_hq", lambda rows: end.encode(rows["hq"]))
     pool.add("z_lq", lambda rows: end.encode(rows["lq_up"]))
 
@@ -1558,7 +1574,7 @@ def config_of(folder):
 def load_chapter_one(folder):
     """(cfg, end, prior) of a finished run."""
     cfg, folder = config_of(folder), Path(folder)
-    end = build_end(cfg, cfg.space)
+    end = build_end(cfg)
     if cfg.space == "latent":
         load_weights(end, folder / "vae.safetensors").to(device())
         end.requires_grad_(False)

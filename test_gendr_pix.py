@@ -574,6 +574,8 @@ def test_fold_equals_the_unfolded_network_and_unfold_restores_it():
 
 def test_score_embedding_is_the_papers_formula():
     embed = g.ScoreEmbedding(blocks=3, rank=2)
+    assert torch.equal(embed(torch.rand(1, 2))[0, 2], torch.eye(2))
+    wake(embed)
     scores = torch.tensor([[0.3, 0.7]])
     w = embed.frequencies
     e = torch.cat([torch.sin(2 * math.pi * 0.3 * w), torch.cos(2 * math.pi * 0.3 * w),
@@ -765,6 +767,8 @@ def test_spearman_and_live_bytes_by_hand():
     assert g.spearman(a, a ** 3) == pytest.approx(1) and g.spearman(a, -a) == \
         pytest.approx(-1)
     assert g.spearman(a, torch.tensor([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
+    tied = torch.tensor([1.0, 2.0, 2.0, 3.0])                # ranks 1, 2.5, 2.5, 4
+    assert g.spearman(a, tied) == pytest.approx(4.5 / math.sqrt(5 * 4.5))
     with g.LiveBytes() as live:
         x = torch.zeros(1000)                                # 4,000 bytes
         y = x + 1                                            # 8,000 alive
@@ -831,6 +835,25 @@ def test_loaded_weights_give_the_table_of_the_training_process(finished):
     assert before.keys() == after.keys()
     for name in before:
         assert before[name]["psnr"] == pytest.approx(after[name]["psnr"], abs=1e-4)
+
+
+def test_evaluation_on_real_pairs_measures_those_pairs(finished, tmp_path):
+    folder, _ = finished
+    (tmp_path / "lq").mkdir()
+    (tmp_path / "hq").mkdir()
+    hq = Image.open(HERE / "tiny_data/val/rocket.png").crop((0, 0, 120, 100))
+    lq = hq.resize((30, 25), Image.BICUBIC)
+    hq.save(tmp_path / "hq/a.png")
+    lq.save(tmp_path / "lq/a.png")
+    done = command("gendr_pix.py", "--eval", "--run", folder, "--data", tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = next(x for x in done.stdout.splitlines() if x.startswith("bicubic")).split()
+    up = lq.resize((120, 100), Image.BICUBIC)
+    a, b = (r.to_unit(r.from_pil(p)) for p in (up, hq))
+    assert float(row[1]) == pytest.approx(r.psnr(a, b).item(), abs=0.05)
+    lq.resize((20, 20)).save(tmp_path / "lq/a.png")
+    done = command("gendr_pix.py", "--eval", "--run", folder, "--data", tmp_path)
+    assert done.returncode == 2 and "not 4 times as large" in done.stderr
 
 
 def test_a_picture_goes_in_and_comes_out_four_times_larger(finished, tmp_path):
