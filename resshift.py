@@ -111,11 +111,11 @@ PRESETS = {
     "tiny": dict(
         crop=128, pool=2048, degradation="real-esrgan", eta_1=0.6,
         unet_widths=(48, 96, 144), unet_blocks=1, head_width=48, groups=16,
-        context_tokens=4, context_width=64, vae_widths=(16, 32, 64, 64), vae_blocks=1,
+        context_tokens=4, context_width=64, vae_widths=(24, 48, 64, 64), vae_blocks=1,
         vae_groups=8, lora_rank=16, estimator_width=16, batch=8, warmup=20, ema=0.99,
         learning_rate=1e-3, student_learning_rate=3e-4, critic_learning_rate=1e-3,
         vae_learning_rate=1e-3, estimator_learning_rate=3e-3, vae_crop=64,
-        vae_steps=100, prior_steps=600, estimator_steps=2500, gendr_steps=700,
+        vae_steps=100, prior_steps=500, estimator_steps=2500, gendr_steps=300,
         adc_steps=150, pix_steps=150, lpips_net="alex", precision="fp32",
         save_every=100, log_every=100),
     "full": dict(
