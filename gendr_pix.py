@@ -39,11 +39,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from resshift import (
-    NEGATIVE, POSITIVE, Perceptual, PixelShuffle, Pool, Run, Turn, UserError, chapter,
-    chapter_one, check_config, check_output, command_line, config_from, config_parser,
-    degrade, device, evaluate, from_pil, held_out, load_chapter_one, load_weights,
-    mean_psnr, negatives, open_picture, pad_to, print_table, sample, save_picture,
-    to_pil, train, upsample, write_file)
+    NEGATIVE, POSITIVE, Perceptual, PixelShuffle, Pool, Prompts, Run, Turn, UserError,
+    chapter, chapter_one, check_config, check_output, command_line, config_from,
+    config_parser, degrade, device, evaluate, from_pil, held_out, load_chapter_one,
+    load_weights, mean_psnr, negatives, open_picture, pad_to, print_table, sample,
+    save_picture, to_pil, train, upsample, write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
 
@@ -228,10 +228,11 @@ class Restorer(nn.Module):
     to the U-Net's output (small presets; not in the paper); None at full size.
     """
 
-    def __init__(self, end_in, unet, end_out, prompts, lora=None, shortcut=None):
+    def __init__(self, end_in, unet, end_out, prompts=None, lora=None, shortcut=None):
         super().__init__()
         self.end_in, self.unet, self.end_out = end_in, unet, end_out
-        self.prompts, self.lora, self.shortcut = prompts, lora, shortcut
+        self.prompts = prompts or Prompts(unet.cfg)
+        self.lora, self.shortcut = lora, shortcut
 
     def step(self, h, scores, prompt=POSITIVE):
         """The U-Net at the last timestep, on what end_in gives; for end_out."""

@@ -11,12 +11,14 @@ Papers: ResShift, arXiv 2307.12348 (NeurIPS 2023), journal version 2403.07319.
     python resshift.py --train --tiny                   train on tiny_data/, evaluate
     python resshift.py --train --tiny --space pixel --run runs/pixel    no autoencoder
     python resshift.py --tiny --input lq.png            restore one picture to up.png
+    python resshift.py --figure                         draw schedules and chain
 
 Symbols: B batch, C channels, H W full resolution, h w latent resolution, f = 8;
          x0 clean, y0 degraded (upsampled to x0's size), e0 = y0 - x0, t = 1 .. T.
 Ranges:  images are float in [-1, 1] inside, [0, 1] in metrics, uint8 in files.
 """
 import argparse
+import copy
 import csv
 import dataclasses
 import io
@@ -108,6 +110,7 @@ class Config:
 
 PRESETS = {
     "small": {},
+    # eta_1 = 0.6 keeps the tiny chain near the mean; the README says why.
     "tiny": dict(
         crop=128, pool=2048, degradation="real-esrgan", eta_1=0.6,
         unet_widths=(48, 96, 144), unet_blocks=1, head_width=48, groups=16,
@@ -395,7 +398,7 @@ class UNet(nn.Module):
     def __init__(self, cfg, in_channels, out_channels):
         super().__init__()
         w, n, time = cfg.unet_widths, cfg.unet_blocks, 4 * cfg.unet_widths[0]
-        last = len(w) - 1
+        self.cfg, last = cfg, len(w) - 1
         self.conv_in = nn.Conv2d(in_channels, w[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(w[0])
         self.down_blocks, skips = nn.ModuleList(), [w[0]]
@@ -1389,7 +1392,7 @@ def train_vae(run, vae, pool):
         vae.scale.copy_(z.std().reciprocal())
 
 
-def train_prior(run, prior, pool, watch=None):
+def train_prior(run, prior, pool, watch=None, stage="resshift"):
     """E_t || f(x_t, y0, t) - x0 ||^2, t uniform, on the pool's z_hq and z_lq.
 
     The KL weights are left out, as the paper does.  A share cfg.negative of samples
@@ -1404,7 +1407,7 @@ def train_prior(run, prior, pool, watch=None):
         prompt, x0 = negatives(batch, "z_hq", "z_lq", rng, cfg)
         x_t = prior.chain.q_sample(x0, y0, t, noise_like(x0, rng))
         return {"mse": F.mse_loss(prior(x_t, y0, t, prompt), x0)}
-    train(run, "resshift", [Turn("prior", prior, losses, cfg.learning_rate)], pool,
+    train(run, stage, [Turn("prior", prior, losses, cfg.learning_rate)], pool,
           cfg.prior_steps, watch)
 
 
@@ -1458,14 +1461,19 @@ def stage_seed(cfg, name, step):
     return ((cfg.seed * 1_000_003 + salt) * 10 ** 7 + step) % 2 ** 63
 
 
-def chapter_one(run, pool, pairs):
-    """(end, prior): train what is missing.  `pool` gains z_hq and z_lq."""
-    cfg = run.cfg
-    end = build_end(cfg)
+def chapter_end(run, pool):
+    """The end of cfg.space, trained if it is a VAE; the pool's latents through it."""
+    cfg, end = run.cfg, build_end(run.cfg)
     if cfg.space == "latent":
         end = chapter(run, "vae", lambda: VAE(cfg), lambda m: train_vae(run, m, pool))
     pool.add("z_hq", lambda rows: end.encode(rows["hq"]))
     pool.add("z_lq", lambda rows: end.encode(rows["lq_up"]))
+    return end
+
+
+def chapter_one(run, pool, pairs):
+    """(end, prior): train what is missing.  `pool` gains z_hq and z_lq."""
+    cfg, end = run.cfg, chapter_end(run, pool)
 
     def watch(prior):
         return {"psnr": mean_psnr(lambda p: sample(prior, end, p.lq, cfg), pairs[:3]),
@@ -1478,6 +1486,76 @@ def chapter_one(run, pool, pairs):
                 {f"mse at t={i + 1}": e for i, e in enumerate(errors)})
         print("mse of x0 at t = 1 .. T:", " ".join(f"{e:.3f}" for e in errors))
     return end, chapter(run, "resshift", lambda: ResShift(cfg), teach)
+
+
+COMPARED = {                             # all with the paper's eta_1 and eta_T
+    "kappa 2, p 0.3 (paper)": {},
+    "weaker noise, kappa 0.5": dict(kappa=0.5),
+    "stronger noise, kappa 8": dict(kappa=8.0),
+    "slower shifting, p 1": dict(power=1.0),
+    "faster shifting, p 0.1": dict(power=0.1),
+    "from noise: kappa 40, p 0.8": dict(kappa=40.0, power=0.8),
+    "T = 4": dict(steps=4),
+}
+
+
+def compare(run, pairs, lpips):
+    """One prior a row of COMPARED, all with one budget and seed, on one VAE and pool.
+
+    Prints PSNR, SSIM, LPIPS and ms a picture on the held-out photos, and returns the
+    table.  Interrupted, it goes on with the row it was in.
+    """
+    pool = Pool(run.cfg)
+    end, table = chapter_end(run, pool), {}
+    for i, (name, change) in enumerate(COMPARED.items()):
+        row = copy.copy(run)
+        row.cfg = cfg = dataclasses.replace(run.cfg, eta_1=0.0, eta_T=0.999, **change)
+        stage = f"compare{i}"
+        prior = chapter(row, stage, lambda: ResShift(cfg),
+                        lambda m: train_prior(row, m, pool, stage=stage))
+        started = time.time()
+        pictures = {p.name: sample(prior, end, p.lq, cfg) for p in pairs}
+        each = 1000 * (time.time() - started) / len(pairs)
+        label = f"{name:28s} {each:6.0f} ms"
+        table |= evaluate({label: lambda p: pictures[p.name]}, pairs, lpips)
+    table |= evaluate({f"{'bicubic':38s}": lambda p: upsample(p.lq, run.cfg.scale)},
+                      pairs, lpips)
+    print_table(table, lpips.name)
+    return table
+
+
+def draw_chain(pair, cfg, file):
+    """The lecture's figure, without training: schedules, and x_t of one photo.
+
+    Above: sqrt(eta_t) for several p.  Below: a row a kappa, from x_1 to x_T in pixel
+    space, under the same noise (as in the paper's figure on kappa).
+    """
+    from matplotlib.figure import Figure
+    kappas, powers, steps = (0.5, 2.0, 8.0), (0.3, 0.5, 1.0, 2.0), cfg.steps
+    times = sorted({1 + round(i * (steps - 1) / 5) for i in range(6)})
+    page = Figure(figsize=(12, 11), dpi=80, layout="constrained")
+    top, bottom = page.subfigures(2, 1, height_ratios=(1, 1.7))
+    axis = top.subplots()
+    for p in powers:
+        eta = ResidualShift(steps, power=p).eta[1:]
+        axis.plot(range(1, steps + 1), eta.sqrt(), "o-", label=f"p = {p}")
+    axis.set_xlabel("t", fontsize=14)
+    axis.set_ylabel("sqrt(eta_t)", fontsize=14)
+    axis.set_title(f"The shifting schedule, T = {steps}, kappa = 2", fontsize=16)
+    axis.legend(fontsize=13)
+    axes = bottom.subplots(len(kappas), len(times))
+    x0, y0 = pair.hq.cpu(), upsample(pair.lq, cfg.scale).cpu()
+    noise = noise_like(x0, torch.Generator().manual_seed(0))
+    for row, kappa in zip(axes, kappas):
+        chain = ResidualShift(steps, kappa, cfg.power)
+        for axis, step in zip(row, times):
+            axis.imshow(to_pil(chain.q_sample(x0, y0, torch.tensor([step]), noise)))
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"t = {step}", fontsize=13)
+        row[0].set_ylabel(f"kappa = {kappa}", fontsize=14)
+    bottom.suptitle(f"x_t between the photo and its degraded copy, p = {cfg.power}",
+                    fontsize=16)
+    write_file(file, lambda path: page.savefig(path, format="png"))
 
 
 def mean_psnr(method, pairs):
@@ -1520,9 +1598,12 @@ def evaluate(methods, pairs, lpips):
 
 def print_table(table, lpips_name):
     """One row a method: PSNR, SSIM, LPIPS, means over the held-out photos."""
-    print(f"\n{'held-out photos, mean':24s} {'PSNR':>7s} {'SSIM':>7s}  {lpips_name}")
+    width = max(24, *map(len, table))
+    head = "held-out photos, mean"
+    print(f"\n{head:{width}s} {'PSNR':>7s} {'SSIM':>7s}  {lpips_name}")
     for name, row in table.items():
-        print(f"{name:24s} {row['psnr']:7.2f} {row['ssim']:7.4f}  {row['lpips']:.4f}")
+        print(f"{name:{width}s} {row['psnr']:7.2f} {row['ssim']:7.4f}  "
+              f"{row['lpips']:.4f}")
 
 
 # ---- 10. Command line (skim) ---------------------------------------------------------
@@ -1605,7 +1686,7 @@ def command_line(main):
     """Run main(); a `UserError` is one line on stderr and exit code 2."""
     try:
         sys.exit(main())
-    except (UserError, OSError) as error:                      # OSError: a full disk
+    except (UserError, OSError, FloatingPointError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -1614,23 +1695,35 @@ def main():
     """python resshift.py: train and evaluate chapter 1, or restore one picture."""
     parser = config_parser(__doc__)
     parser.add_argument("--train", action="store_true", help="train and evaluate")
+    parser.add_argument("--compare", action="store_true",
+                        help="train a prior a row of COMPARED; one table")
+    parser.add_argument("--figure", action="store_true",
+                        help="draw schedules and chain to runs/chain.png; no training")
     parser.add_argument("--input", help="a picture to restore")
     parser.add_argument("--output", default="up.png", help="where to write it")
     args = parser.parse_args()
-    folder = args.run or f"runs/{args.preset}"
+    folder = args.run or f"runs/{args.preset}" + ("-compare" if args.compare else "")
     if args.input:
         check_output(args.output)
         cfg, end, prior = load_chapter_one(folder)
         lq = read_picture(args.input).to(device())
         save_picture(sample(prior, end, lq, cfg), args.output)
         return 0
-    if not args.train:
-        parser.error("nothing to do: --train, or --input with --output")
+    if not (args.train or args.figure or args.compare):
+        parser.error("nothing to do: --train, --compare, --figure, or --input")
     cfg = config_from(args)
     check_config(cfg)
+    if args.figure:
+        Path("runs").mkdir(exist_ok=True)
+        draw_chain(held_out(cfg)[-2], cfg, "runs/chain.png")
+        print("runs/chain.png")
+        return 0
     pairs, run = held_out(cfg), Run(folder, cfg)
-    end, prior = chapter_one(run, Pool(cfg), pairs)
     perceptual = Perceptual(cfg.lpips_net).to(device())
+    if args.compare:
+        compare(run, pairs, perceptual)
+        return 0
+    end, prior = chapter_one(run, Pool(cfg), pairs)
     methods = {"bicubic": lambda p: upsample(p.lq, cfg.scale),
                "ResShift": lambda p: sample(prior, end, p.lq, cfg)}
     print_table(evaluate(methods, pairs, perceptual), perceptual.name)

@@ -130,6 +130,17 @@ def test_sampling_with_the_true_x0_returns_it_and_repeats_under_a_generator():
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_many_steps_approach_the_continuous_chain():
+    # As T grows, eta(s) for s = (t-1)/(T-1) tends to eta_1 (eta_T / eta_1)^(s^p), and
+    # the posterior's variance to kappa^2 alpha: the noise of one small step.
+    chain = r.ResidualShift(2001, 2.0, 0.5, eta_1=0.001, eta_T=0.999)
+    s = torch.linspace(0, 1, 2001)
+    close(chain.eta[1:], 0.001 * 999 ** s.sqrt(), 1e-4)
+    t, x = torch.arange(1001, 2002), torch.zeros(1001, 1, 1, 1)
+    ratio = chain.posterior(x, x, t)[1].flatten() / (4 * chain.alpha[1001:])
+    close(ratio, torch.ones(1001), 5e-3)
+
+
 def test_prior_sample_has_the_marginals_spread():
     chain, y0 = r.ResidualShift(15, 2.0), torch.zeros(1, 1, 200, 200)
     x = chain.prior_sample(y0, randn(1, 1, 200, 200))
@@ -369,6 +380,13 @@ def test_lpips_without_its_backbone_says_so_and_repeats(monkeypatch, capsys):
     x, y = randn(1, 3, 64, 64).clamp(-1, 1), randn(1, 3, 64, 64, seed=1).clamp(-1, 1)
     assert a(x, x).item() == 0 and a(x, y).item() > 0
     assert torch.equal(a(x, y), b(x, y))
+
+
+def test_the_chains_figure_draws_without_training(tmp_path):
+    pair = r.Held("a", photo(64), r.degrade(photo(64), MICRO, rng())[0], None)
+    r.draw_chain(pair, MICRO, tmp_path / "chain.png")
+    array = np.array(Image.open(tmp_path / "chain.png").convert("RGB"))
+    assert array.shape[1] > 800 and array.std() > 20         # not an empty page
 
 
 # ---- resshift.py, 7 and 8: pairs and the training loop -------------------------------
@@ -630,6 +648,8 @@ def test_new_ends_start_near_their_teacher_and_keep_the_size():
                         for m in (pix, rough))
     assert error < 0.5 * plain
     assert pix(randn(1, 3, 24, 40), torch.zeros(1, 2)).shape == (1, 3, 24, 40)
+    bare = g.Restorer(r.PixelShuffle(8), r.UNet(MICRO, 192, 192), r.PixelShuffle(8))
+    assert bare(randn(2, 3, 40, 24), torch.zeros(2, 2)).shape == (2, 3, 40, 24)
     assert not any(p.requires_grad for p in adc.end_out.parameters())
 
 
@@ -854,6 +874,33 @@ def test_evaluation_on_real_pairs_measures_those_pairs(finished, tmp_path):
     lq.resize((20, 20)).save(tmp_path / "lq/a.png")
     done = command("gendr_pix.py", "--eval", "--run", folder, "--data", tmp_path)
     assert done.returncode == 2 and "not 4 times as large" in done.stderr
+
+
+def test_resshift_in_pixel_space_trains_and_restores(tmp_path):
+    run = ("--tiny", "--run", tmp_path / "pixel")
+    done = command("resshift.py", "--train", *run, "--space", "pixel", "--pool", 4,
+                   "--batch", 2, "--crop", 64, "--unet-widths", 16, 32, "--groups", 8,
+                   "--head-width", 16, "--vae-crop", 32, "--prior-steps", 2)
+    assert done.returncode == 0, done.stderr
+    names = {p.name for p in (tmp_path / "pixel").iterdir()}
+    assert "resshift.safetensors" in names and "vae.safetensors" not in names
+    r.save_picture(photo(30), tmp_path / "lq.png")
+    done = command("resshift.py", *run, "--input", tmp_path / "lq.png", "--output",
+                   tmp_path / "up.png")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "up.png").size == (120, 120)
+
+
+def test_compare_trains_every_row_and_prints_one_table(tmp_path):
+    done = command("resshift.py", "--compare", "--tiny", "--run", tmp_path / "c",
+                   "--pool", 4, "--batch", 2, "--crop", 64, "--unet-widths", 16, 32,
+                   "--groups", 8, "--head-width", 16, "--vae-widths", 8, 8, 8, 16,
+                   "--vae-groups", 4, "--vae-crop", 32, "--vae-steps", 1,
+                   "--prior-steps", 1)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("held-out photos"):].splitlines()
+    assert len(table) == 2 + len(r.COMPARED)
+    assert all(line.startswith(name) for line, name in zip(table[1:], r.COMPARED))
 
 
 def test_a_picture_goes_in_and_comes_out_four_times_larger(finished, tmp_path):
