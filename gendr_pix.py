@@ -8,7 +8,7 @@ is the next chapter's teacher, its starting point and its critic.
 Papers: GenDR-Pix, arXiv 2602.10630; GenDR, 2503.06790; S3Diff, 2409.17058;
         ResShift, 2307.12348.
 
-    python gendr_pix.py --train --tiny              all chapters, 10 minutes, 2 CPU cores
+    python gendr_pix.py --train --tiny              all chapters; 10 minutes, 2 cores
     python gendr_pix.py --tiny --input lq.png --output up.png
     python gendr_pix.py --tiny --eval               the table once more
 

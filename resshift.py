@@ -14,7 +14,7 @@ Papers: ResShift, arXiv 2307.12348 (NeurIPS 2023), journal version 2403.07319.
     python resshift.py --figure                         draw schedules and chain
     python resshift.py --compare --tiny                 noise, speed and T in one table
 
-The first takes 5 minutes on 2 CPU cores and ends in a table of bicubic and ResShift.
+The first takes minutes on 2 CPU cores and ends in a table of bicubic and ResShift.
 
 Symbols: B batch, C channels, H W full resolution, h w latent resolution, f = 8;
          x0 clean, y0 degraded (upsampled to x0's size), e0 = y0 - x0, t = 1 .. T.
