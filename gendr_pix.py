@@ -24,14 +24,15 @@ Symbols: B batch, C channels, H W full resolution, h w latent resolution, f = 8;
 Ranges:  images are float in [-1, 1] inside, [0, 1] in metrics, uint8 in files.
 """
 import copy
+import dataclasses
 import json
 import math
 import time
 import weakref
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +40,16 @@ from einops import rearrange
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from resshift import (
-    NEGATIVE, POSITIVE, Perceptual, PixelShuffle, Pool, Prompts, Run, Turn, UserError,
-    chapter, chapter_one, check_config, check_output, command_line, config_from,
-    config_parser, degrade, device, evaluate, from_pil, held_out, load_chapter_one,
-    load_weights, mean_psnr, negatives, open_picture, pad_to, print_table, sample,
-    save_picture, to_pil, train, upsample, write_file)
+    NEGATIVE, POSITIVE, VAE, Perceptual, PixelShuffle, Pool, Prompts, ResShift, Run,
+    Turn, UserError, autocast, batch_noise, blur, chapter, chapter_one, check_config,
+    check_output, command_line, config_from, config_parser, degrade, device, evaluate,
+    from_pil, frozen, gaussian_kernel, held_out, load_chapter_one, load_weights, luma,
+    mean_lpips, mean_psnr, negatives, noise_like, open_picture, pad_to, per_sample,
+    print_table, prior_turns, sample, save_picture, to_pil, to_unit, train, upsample,
+    world, write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
 
@@ -56,14 +60,16 @@ SCORES = ("blur", "noise")
 class DegradationEstimator(nn.Module):
     """lq (B, 3, h, w) in [-1, 1] -> scores (B, 2) in (0, 1): blur, noise.
 
-    Two independent branches, pooled to mean and log deviation of every channel.
-    S3Diff learns them by ranking; here the true strengths are known (`degrade`), so
-    they are learned by regression (not in the paper).
+    Two independent branches.  Each channel is pooled to its mean, its log deviation
+    and three quantiles: noise shows in the calmest places of a picture, where no
+    texture hides it.  S3Diff learns the scores by ranking; here the true strengths are
+    known (`degrade`), so they are learned by regression.  Neither is in the paper.
     """
+    QUANTILES = (0.1, 0.5, 0.9)
 
     def __init__(self, cfg):
         super().__init__()
-        n = cfg.estimator_width
+        n, pooled = cfg.estimator_width, 2 + len(self.QUANTILES)
 
         def branch():
             layers, ch = [], 3
@@ -72,14 +78,18 @@ class DegradationEstimator(nn.Module):
                 ch = width
             return nn.Sequential(*layers)
         self.branches = nn.ModuleList([branch(), branch()])
-        self.heads = nn.ModuleList([nn.Linear(8 * n, 1) for _ in range(2)])
+        self.heads = nn.ModuleList([
+            nn.Sequential(nn.Linear(4 * n * pooled, 64), nn.SiLU(), nn.Linear(64, 1))
+            for _ in range(2)])
 
     def forward(self, lq):
         scores = []
         for branch, head in zip(self.branches, self.heads):
-            f = branch(lq).flatten(2)                          # (B, C, n)
+            f = branch(lq).flatten(2).float()                  # (B, C, n)
             spread = (f.var(2, unbiased=False) + 1e-6).log() / 2
-            scores.append(head(torch.cat([f.mean(2), spread], dim=1)))
+            at = [round(q * (f.shape[2] - 1)) for q in self.QUANTILES]
+            quantiles = f.sort(2).values[:, :, at].flatten(1)  # (B, 3 C)
+            scores.append(head(torch.cat([f.mean(2), spread, quantiles], dim=1)))
         return torch.sigmoid(torch.cat(scores, dim=1))         # (B, 2)
 
 
@@ -161,12 +171,28 @@ class LoRALayer(nn.Module):
             (self.base.weight,), self.plain = self.plain, None
 
 
-class DegradationLoRA(nn.Module):
-    """Puts a `LoRALayer` around every target layer of a U-Net and sets their matrices.
+def add_lora(unet, rank):
+    """Put a `LoRALayer` around every target layer of a U-Net; returns their names.
 
     Targets: all attention projections, feed-forward layers and convolutions but
-    conv_in and the time layers: 257 layers at full size.  All layers of a block share
-    its M; the blocks are the down blocks, mid, the up blocks, and conv_out.
+    conv_in and the time layers: 257 layers at full size.  Until someone sets their
+    matrices, M is the identity: a plain LoRA.
+    """
+    names = [name for name, layer in unet.named_modules()
+             if isinstance(layer, (nn.Conv2d, nn.Linear))
+             and "time_emb" not in name and name != "conv_in"]
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(unet.get_submodule(parent), child,
+                LoRALayer(unet.get_submodule(name), rank))
+    return names
+
+
+class DegradationLoRA(nn.Module):
+    """Adds a LoRA to a U-Net and sets its matrices M from the degradation's scores.
+
+    All layers of a block share its M; the blocks are the down blocks, mid, the up
+    blocks, and conv_out.
     """
 
     def __init__(self, unet, cfg):
@@ -174,16 +200,9 @@ class DegradationLoRA(nn.Module):
         blocks = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
         blocks += ["mid_block"]
         blocks += [f"up_blocks.{i}" for i in range(len(unet.up_blocks))] + ["conv_out"]
-        self.block_of = {}                       # layer name -> index of its block
-        for name, layer in list(unet.named_modules()):
-            if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-                continue
-            if "time_emb" not in name and name != "conv_in":
-                parent, _, child = name.rpartition(".")
-                setattr(unet.get_submodule(parent), child,
-                        LoRALayer(layer, cfg.lora_rank))
-                self.block_of[name] = next(
-                    i for i, b in enumerate(blocks) if name.startswith(b))
+        self.block_of = {                        # layer name -> index of its block
+            name: next(i for i, b in enumerate(blocks) if name.startswith(b))
+            for name in add_lora(unet, cfg.lora_rank)}
         self.embed = ScoreEmbedding(len(blocks), cfg.lora_rank)
 
     def set(self, unet, scores):
@@ -207,7 +226,8 @@ def fold(model, scores):
     if len(scores) != 1:
         raise ValueError(f"fold takes the scores of one image, got {len(scores)}")
     unfold(model)
-    model.lora.set(model.unet, scores)
+    if model.lora is not None:
+        model.lora.set(model.unet, scores)
     for layer in lora_layers(model.unet):
         layer.fold()
 
@@ -249,11 +269,14 @@ class Restorer(nn.Module):
         h = self.end_in.encode(lq_up)                          # (B, C, H/8, W/8)
         return self.end_out.decode(self.step(h, scores, prompt))
 
-    def copy(self):
-        """An independent copy; a matrix M left from a training step stays behind."""
+    def copy(self, share=False):
+        """A copy, independent or (share) around the same parameter tensors.
+
+        A matrix M left from a training step stays behind.
+        """
         for layer in lora_layers(self):
             layer.matrix = None
-        return copy.deepcopy(self)
+        return share_copy(self) if share else copy.deepcopy(self)
 
 
 def share_copy(module):
@@ -261,28 +284,41 @@ def share_copy(module):
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
-def gendr_from_prior(prior, vae, cfg):
-    """The one-step start: the frozen prior's first step at x_T = y0, plus LoRA.
+@torch.no_grad()
+def one_step(prior, vae):
+    """The frozen prior's first step at x_T = y0 as a `Restorer`, on shared weights.
 
     The prior's conv_in sees [s x_T, y0], s its input scale at T.  With x_T = y0 and no
     noise, W' = s W[:, :C] + W[:, C:] on y0 alone gives exactly the prior's first step.
-    Trained: conv_in in full, LoRA, its embedding, the prompts.  Training the chain
-    showed the prior noise in x_T; the fine-tuning makes up for its absence.
+    Training the chain showed the prior noise in x_T; fine-tuning makes up for that.
     """
-    unet = share_copy(prior.unet).requires_grad_(False)
-    c = vae.channels
-    last = torch.tensor([cfg.steps])
-    s = prior.chain.input_scale(last, prior.unet.conv_in.weight).item()
-    conv_in = nn.Conv2d(c, unet.conv_in.out_channels, 3, padding=1)
-    with torch.no_grad():
-        weight = prior.unet.conv_in.weight
-        conv_in.weight.copy_(s * weight[:, :c] + weight[:, c:])
-        conv_in.bias.copy_(prior.unet.conv_in.bias)
-    unet.conv_in = conv_in.to(weight.device)
-    lora = DegradationLoRA(unet, cfg)
-    prompts = copy.deepcopy(prior.prompts).requires_grad_(True)
-    return Restorer(vae, unet, vae, prompts, lora,
-                    nn.Identity() if cfg.shortcut else None).to(device())
+    unet, old = share_copy(prior.unet).requires_grad_(False), prior.unet.conv_in
+    last, c = torch.tensor([prior.chain.steps], device="cpu"), vae.channels
+    s = prior.chain.input_scale(last, last).item()
+    unet.conv_in = new_conv(old, in_channels=c)
+    unet.conv_in.weight.copy_(s * old.weight[:, :c] + old.weight[:, c:])
+    unet.conv_in.bias.copy_(old.bias)
+    unet.conv_in.requires_grad_(False)
+    return Restorer(vae, unet, vae, prior.prompts, None,
+                    nn.Identity() if prior.shortcut else None)
+
+
+def gendr_from_prior(prior, vae, cfg):
+    """GenDR's start: the prior's first step, and what is trained on top of it.
+
+    cfg.adapter: "guided" (S3Diff's LoRA, M from the scores), "plain" (M = I), or
+    "full" (no LoRA: a copy of all weights).  Always trained: conv_in, the prompts.
+    """
+    model = one_step(prior, vae)
+    model.prompts = copy.deepcopy(prior.prompts).requires_grad_(True)
+    if cfg.adapter == "full":
+        model.unet = copy.deepcopy(model.unet).requires_grad_(True)
+    elif cfg.adapter == "plain":
+        add_lora(model.unet, cfg.lora_rank)
+    else:
+        model.lora = DegradationLoRA(model.unet, cfg)
+    model.unet.conv_in.requires_grad_(True)
+    return model.to(device())
 
 
 def least_squares(x, y, ridge=1e-4):
@@ -363,7 +399,8 @@ def pixel_output(teacher, cfg, rows=None):
     """
     student = teacher.copy()
     end = student.end_out = PixelShuffle(teacher.end_out.factor)
-    conv = new_conv(teacher.unet.conv_out.base, out_channels=end.channels)
+    old = teacher.unet.conv_out                                # in a LoRA, or plain
+    conv = new_conv(getattr(old, "base", old), out_channels=end.channels)
     student.shortcut = nn.Identity() if cfg.shortcut else None
     if rows is not None and cfg.least_squares:
         h, seen = student.end_in.encode(rows["lq_up"]), []
@@ -372,11 +409,105 @@ def pixel_output(teacher, cfg, rows=None):
         teacher.step(h, rows["estimate"])
         hook.remove()
         fit_conv(conv, seen[0], end.encode(rows["y_tea"]) - (h if cfg.shortcut else 0))
-    student.unet.conv_out = LoRALayer(conv, cfg.lora_rank)
+    student.unet.conv_out = (LoRALayer(conv, cfg.lora_rank)
+                             if isinstance(old, LoRALayer) else conv)
     return trainable(student.to(device()))
 
 
-# ---- 4. What the students lose sleep over (read) -- GenDR-Pix, Sec. 3.3 --------------
+# ---- 4. Many steps into one (read) -- GenDR: VSD, SiD, CiD ---------------------------
+
+
+class Scores(NamedTuple):
+    """Five clean latents of one batch, all (B, C, h, w), and the weight w (B, 1, 1, 1).
+
+    z_g = G(z_l); z_h the HQ latent; at z_t, the noised z_g: `real` = f_phi(z_t),
+    `guided` = f_phi^cfg(z_t), `fake` = f_psi(z_t).  phi is the frozen prior, psi the
+    fake score network, trained on G's outputs; all predict the clean latent.
+    """
+    z_g: torch.Tensor
+    z_h: torch.Tensor
+    real: torch.Tensor
+    guided: torch.Tensor
+    fake: torch.Tensor
+    weight: torch.Tensor
+
+
+def vsd_loss(s, xi):
+    """VSD: w < sg(f_psi - f_phi), z_g >, the mean over elements; sg: no gradient.
+
+    The value means nothing.  Autograd gives dL/dz_g = w (f_psi - f_phi), which is the
+    gradient of KL(q_g,t || q_data,t) up to a factor of t alone, since on this chain
+    score = ((1 - eta_t) f + eta_t y0 - x_t) / (kappa^2 eta_t).  xi is not used.
+    """
+    return (s.weight * (s.fake - s.real).detach() * s.z_g).mean()
+
+
+def sid_loss(s, xi):
+    """SiD (2404.04057): w < f_phi - f_psi, f_phi - z_g > - xi w || f_phi - f_psi ||^2.
+
+    Autograd goes through z_g and, by way of z_t, through both networks, whose weights
+    are frozen.  With the exact psi the expectation is (1 - xi) w || f_phi - f_psi ||^2.
+    """
+    gap = s.real - s.fake
+    return (s.weight * (gap * (s.real - s.z_g) - xi * gap ** 2)).mean()
+
+
+def cid_loss(s, xi):
+    """CiD: L3 - xi L1, L1 = w || f_phi - f_psi ||^2 and
+    L3 = w < f_phi^cfg - f_psi, f_phi^cfg - z_h >: SiD with a guided prior, and the HQ
+    latent in z_g's place.
+
+    Autograd reaches G through z_t alone.  For a generator that is deterministic given
+    z_l, the exact psi is z_g itself, and without guidance
+        dL/dz_t = w J^T [ (2 xi - 1) (z_g - f_phi) + (f_phi - z_h) ],   J = df_phi/dz_t:
+    for xi = 1 the regression w J^T (z_g - z_h), seen through the prior's eyes.  So CiD
+    needs a prior that looks at z_t, and for a generator with a spread of its own it
+    need not converge (a test shows where).  This reading is not in the paper.
+    """
+    gap, guided_gap = s.real - s.fake, s.guided - s.fake
+    return (s.weight * (guided_gap * (s.guided - s.z_h) - xi * gap ** 2)).mean()
+
+
+DISTILL = {"none": None, "vsd": vsd_loss, "sid": sid_loss, "cid": cid_loss}
+
+
+def score_weight(z_g, real):
+    """SiD's normaliser w = 1 / mean |z_g - f_phi| of each sample, without gradient."""
+    return 1 / (z_g - real).detach().abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
+
+
+def noised(chain, z_g, y0, rng, cfg):
+    """(z_t, t): z_g noised along the residual-shifting chain to a random t.
+
+    z_t ~ N( z_g + eta_t (y0 - z_g), kappa^2 eta_t I ), t uniform in cid_t_min ..
+    cid_t_max (0: T).  GenDR noises along Stable Diffusion's chain; ours shifts.
+    """
+    first, last = cfg.cid_t_min, cfg.cid_t_max or cfg.steps
+    t = per_sample(lambda n: torch.randint(first, last + 1, (n,), generator=rng),
+                   len(z_g))
+    return chain.q_sample(z_g, y0, t, batch_noise(z_g, rng)), t
+
+
+def score(prior, fake_score, z_g, z_h, y0, rng, cfg):
+    """All of `Scores` at one random t a sample; y0 conditions both networks.
+
+    f_phi^cfg = f_neg + w (f_pos - f_neg), the prior under its two prompts.
+    """
+    z_t, t = noised(prior.chain, z_g, y0, rng, cfg)
+    real, negative = prior(z_t, y0, t), prior(z_t, y0, t, NEGATIVE)
+    guided = negative + cfg.cid_guidance * (real - negative)
+    return Scores(z_g, z_h, real, guided, fake_score(z_t, y0, t),
+                  score_weight(z_g, real))
+
+
+def fake_score_from(prior, cfg):
+    """psi: the prior with a plain LoRA on its own, shared weights; starts as phi."""
+    fake_score = share_copy(prior).requires_grad_(False)
+    add_lora(fake_score.unet, cfg.fake_rank)
+    return fake_score.to(device())
+
+
+# ---- 5. What the students lose sleep over (read) -- GenDR-Pix, Sec. 3.3 --------------
 
 
 def rand_pad(x, ph, pw):
@@ -430,13 +561,14 @@ class Discriminator(nn.Module):
     """D: small heads on the frozen features of the previous stage's restorer.
 
     forward(h): what that restorer's U-Net eats -> one map of logits a level.  Its LoRA
-    is folded at scores (0, 0), a clean picture.  The paper leaves the heads open: ours
+    is folded at scores (0, 0), a clean picture; all other weights stay shared.  It must
+    be frozen already.  The paper leaves the heads open: ours
     are GroupNorm and two 1x1 convolutions on the end of every level of the first half.
     """
 
     def __init__(self, restorer, cfg):
         super().__init__()
-        restorer = restorer.copy().requires_grad_(False)
+        restorer = restorer.copy(share=True)
         fold(restorer, torch.zeros(1, 2, device=device()))
         self.backbone = [restorer]       # in a list: neither trained nor stored with D
         self.heads = nn.ModuleList([
@@ -461,19 +593,6 @@ class Discriminator(nn.Module):
         return self.judge(self.features(h))
 
 
-@contextmanager
-def frozen(module):
-    """Inside, gradients pass through `module` but none stay in its parameters."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
-
-
 class Adversary:
     """The two halves of the game: softplus(-D(fake)) for G, and D's own loss.
 
@@ -485,11 +604,10 @@ class Adversary:
         self.discriminator, self.fake = discriminator, None
 
     def generator_loss(self, fake):
-        """softplus(-D(fake)), its gradient flowing to `fake` only."""
-        with frozen(self.discriminator):
-            features = self.discriminator.features(fake)
-            self.fake = [f.detach() for f in features]
-            return F.softplus(-self.discriminator.judge(features)).mean()
+        """softplus(-D(fake)); `train` has frozen D in the generator's turn."""
+        features = self.discriminator.features(fake)
+        self.fake = [f.detach() for f in features]
+        return F.softplus(-self.discriminator.judge(features)).mean()
 
     def discriminator_loss(self, real):
         """softplus(D(fake)) + softplus(-D(real)) on the generator's last fake."""
@@ -499,42 +617,67 @@ class Adversary:
         return F.softplus(fake).mean() + F.softplus(-real).mean()
 
 
-# ---- 5. The stages (read) -- who teaches, who criticises, which losses ---------------
+# ---- 6. The stages (read) -- who teaches, who criticises, which losses ---------------
 
 
-def train_estimator(run, estimator, pool):
+def estimator_turns(estimator, cfg):
     """The two scores by regression on the strengths that `degrade` knows."""
     def losses(batch, rng):
         return {"scores": F.mse_loss(estimator(batch["lq"]), batch["scores"])}
-    turns = [Turn("estimator", estimator, losses,
-                  run.cfg.estimator_learning_rate)]
-    train(run, "estimator", turns, pool, run.cfg.estimator_steps)
+    return [Turn("estimator", estimator, losses, cfg.estimator_learning_rate)]
 
 
-def train_gendr(run, student, pool, watch):
-    """Chapter 2: regression to the HQ latent, with online negatives.
+def gendr_turns(prior, student, cfg):
+    """Chapter 2: || z_g - z_h ||^2 + l1 CiD + l2 softplus(-D(z_g)), online negatives.
 
-    Teacher: the data.  GenDR's score distillation (CiD) joins as one more term of
-    `losses`; it is not here yet.
+    G (`student`) is trained; phi (`prior`) is frozen; psi is trained on G's outputs,
+    cfg.fake_steps times for each step of G; D has heads on phi's features.  Whoever is
+    not at play is frozen in that turn.  GenDR's CiDA is these without the regression
+    (S3Diff's), plus REPA, which needs a pretrained DINOv2 and is left out.
+    Weights l1 = lambda_cid, l2 = lambda_cid_adv: not in the paper.
     """
-    cfg = run.cfg
+    made = {}
+    distill, fake_score = DISTILL[cfg.distill], fake_score_from(prior, cfg)
+    critic = Discriminator(one_step(prior, student.end_in), cfg)
+    adversary = Adversary(critic)
 
-    def losses(batch, rng):
+    def generator(batch, rng):
+        z_l, z_h = batch["z_lq"], batch["z_hq"]
         prompt, target = negatives(batch, "z_hq", "z_lq", rng, cfg)
-        z = student.step(batch["z_lq"], batch["estimate"], prompt)
-        return {"mse": F.mse_loss(z, target)}
-    train(run, "gendr", [Turn("generator", student, losses, cfg.learning_rate)], pool,
-          cfg.gendr_steps, watch)
+        z_g = student.step(z_l, batch["estimate"], prompt)
+        made["z_g"] = z_g.detach()
+        losses = {"mse": F.mse_loss(z_g, target)}
+        if distill:
+            s = score(prior, fake_score, z_g, z_h, z_l, rng, cfg)
+            losses[cfg.distill] = cfg.lambda_cid * distill(s, cfg.xi)
+        if cfg.lambda_cid_adv:
+            losses["adv"] = cfg.lambda_cid_adv * adversary.generator_loss(z_g)
+        return losses
+
+    def fake(batch, rng):
+        z_t, t = noised(prior.chain, made["z_g"], batch["z_lq"], rng, cfg)
+        return {"fake": F.mse_loss(fake_score(z_t, batch["z_lq"], t), made["z_g"])}
+
+    def discriminator(batch, rng):
+        return {"d": adversary.discriminator_loss(batch["z_hq"])}
+    turns = [Turn("generator", student, generator, cfg.gendr_learning_rate)]
+    if distill:
+        turns.append(Turn("fake score", fake_score, fake, cfg.fake_learning_rate,
+                          cfg.fake_steps))
+    if cfg.lambda_cid_adv:
+        turns.append(Turn("discriminator", critic, discriminator,
+                          cfg.critic_learning_rate))
+    return turns
 
 
-def train_adc(run, teacher, student, pool, watch):
+def adc_turns(teacher, student, cfg):
     """Stage I: L_G1 = || z_tea - z_stu ||_1 + l1 softplus(-D(z_stu)).
 
     Teacher: GenDR's latents (in the pool).  Critic: GenDR's features.  Real: HQ.
     Negative samples count in the reconstruction losses as S3Diff has it, and their
     outputs go to D like all others.  l1 is printed for stage II only; we reuse it.
     """
-    cfg, critic = run.cfg, Discriminator(teacher, run.cfg)
+    critic = Discriminator(teacher, cfg)
     adversary = Adversary(critic)
 
     def generator(batch, rng):
@@ -547,19 +690,18 @@ def train_adc(run, teacher, student, pool, watch):
     def discriminator(batch, rng):
         return {"d": adversary.discriminator_loss(batch["z_hq"])}
     # The generator plays first: D's turn judges the fake that it left in `adversary`.
-    turns = [Turn("generator", student, generator, cfg.student_learning_rate),
-             Turn("discriminator", critic, discriminator, cfg.critic_learning_rate)]
-    train(run, "adc", turns, pool, cfg.adc_steps, watch)
+    return [Turn("generator", student, generator, cfg.student_learning_rate),
+            Turn("discriminator", critic, discriminator, cfg.critic_learning_rate)]
 
 
-def train_pix(run, teacher, student, pool, lpips, watch):
+def pix_turns(teacher, student, lpips, cfg):
     """Stage II: L_G2 = ||y_tea - y_stu||_1 + l1 softplus(-D(y_stu)) + l2 L_P + l3 L_F.
 
     Teacher: GenDR's pictures (in the pool).  Critic: GenDR-Adc's features, which eats
     pictures through pixel-unshuffle; fake and real take the same random padding.
     L_P is LPIPS (the paper does not say which).  Weights 0.05 / 1 / 0.1.
     """
-    cfg, critic = run.cfg, Discriminator(teacher, run.cfg)
+    critic = Discriminator(teacher, cfg)
     adversary, shift = Adversary(critic), {}      # shift: one phase for both turns
 
     def eat(y):
@@ -576,12 +718,11 @@ def train_pix(run, teacher, student, pool, lpips, watch):
 
     def discriminator(batch, rng):
         return {"d": adversary.discriminator_loss(eat(batch["hq"]))}
-    turns = [Turn("generator", student, generator, cfg.student_learning_rate),
-             Turn("discriminator", critic, discriminator, cfg.critic_learning_rate)]
-    train(run, "pix", turns, pool, cfg.pix_steps, watch)
+    return [Turn("generator", student, generator, cfg.student_learning_rate),
+            Turn("discriminator", critic, discriminator, cfg.critic_learning_rate)]
 
 
-# ---- 6. What a user calls (read) -- guidance, PadCFG, restore ------------------------
+# ---- 7. What a user calls (read) -- guidance, PadCFG, restore ------------------------
 
 
 def pad_cfg(restorer, x, scores, weight, pads=((4, 4), (3, 3))):
@@ -622,13 +763,13 @@ def restore(restorer, estimator, lq, scale=4, weight=1.0, tile=0, scores=None):
     """
     scores = estimator(lq) if scores is None else scores
     x = upsample(lq, scale)
-    if restorer.lora is not None:
-        fold(restorer, scores)
+    fold(restorer, scores)
     try:
         def run(piece):
             full = pad_to(piece, 8)
-            y = (restorer(full, scores) if weight == 1
-                 else guided(restorer, full, scores, weight))
+            with autocast(restorer.unet.cfg):
+                y = (restorer(full, scores) if weight == 1
+                     else guided(restorer, full, scores, weight))
             return y[:, :, :piece.shape[2], :piece.shape[3]].float()
         y = tiled(run, x, tile) if tile else run(x)
     finally:
@@ -655,7 +796,7 @@ def tiled(run, x, tile, overlap=64):
     return total / weights
 
 
-# ---- 7. Time, memory, operations (skim) ----------------------------------------------
+# ---- 8. Time, memory, operations (skim) ----------------------------------------------
 
 
 class LiveBytes(TorchDispatchMode):
@@ -700,11 +841,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 @torch.no_grad()
-def measure(function, repeats=5):
+def measure(function, repeats=5, budget=20.0):
     """(milliseconds, peak bytes) of function(): median of `repeats` after a warm-up.
 
-    On CUDA the peak is the allocator's, above what was allocated before; on the CPU
-    `LiveBytes`.
+    Fewer repeats once they have taken `budget` seconds.  On CUDA the peak is the
+    allocator's, above what was allocated before; on the CPU `LiveBytes`.
     """
     cuda = device().type == "cuda"
 
@@ -713,9 +854,12 @@ def measure(function, repeats=5):
         function()
         if cuda:
             torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - start)
+        return time.perf_counter() - start
     timed()
-    milliseconds = sorted(timed() for _ in range(repeats))[repeats // 2]
+    seconds = [timed()]
+    while len(seconds) < repeats and sum(seconds) < budget:
+        seconds.append(timed())
+    milliseconds = 1000 * sorted(seconds)[len(seconds) // 2]
     if cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -740,24 +884,126 @@ def parameters_used(model, x, scores):
     return sum(used.values())
 
 
-@torch.no_grad()
-def benchmark(models, size):
-    """{name: {"ms", "bytes", "parameters"}} of one and two passes at size x size.
+def parts_of(model, size, scores):
+    """{"end in", "U-Net", "end out": function of nothing} of one pass, size x size."""
+    x = torch.zeros(1, 3, size, size, device=device())
+    h = model.end_in.encode(x)
+    z = model.step(h, scores)
+    return {"end in": lambda: model.end_in.encode(x),
+            "U-Net": lambda: model.step(h, scores),
+            "end out": lambda: model.end_out.decode(z)}
 
-    The LoRA is folded, as in `restore`; fp32.  models: GenDR, GenDR-Adc, GenDR-Pix.
+
+def macs(function, attention=True):
+    """Multiply-accumulates of function()'s convolutions and matrix products.
+
+    attention=False leaves out q k^T and the product with v (batched products).
+    """
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return sum(n for op, n in counter.get_flop_counts().get("Global", {}).items()
+               if attention or not any(word in str(op) for word in ("bmm", "dot_prod"))
+               ) // 2
+
+
+def untrained(cfg):
+    """{name: Restorer} of a preset with random weights, the LoRA folded at (0, 0).
+
+    Time, memory and counts do not depend on the weights.  Inside `with torch.device(
+    "meta")` nothing is allocated, and counting takes seconds at full size.
+    """
+    cfg = dataclasses.replace(cfg, space="latent")
+    vae, prior = VAE(cfg), ResShift(cfg).requires_grad_(False)
+    gendr = gendr_from_prior(prior.to(device()), vae.to(device()), cfg)
+    adc = pixel_input(gendr, cfg)
+    models = {"GenDR": gendr, "GenDR-Adc": adc, "GenDR-Pix": pixel_output(adc, cfg)}
+    for model in models.values():
+        fast(model.requires_grad_(False).eval())
+        fold(model, torch.zeros(1, 2, device=device()))
+    return models
+
+
+def fast(model, compiled=False):
+    """On CUDA: channels_last weights, and the U-Net compiled if asked for."""
+    if device().type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    if compiled:
+        model.unet.compile()
+    return model
+
+
+@torch.no_grad()
+def counts(cfg, size):
+    """{name: {"parameters", "macs", "guided": MACs with guidance}}, on the meta device.
+
+    Convolutions and linear layers of the U-Net, and everything in the VAE, with the
+    attention in its middle; PadCFG's passes are 8 pixels larger each way.
+    """
+    rows = {}
+    with torch.device("meta"):
+        scores = torch.zeros(1, 2)
+        for name, model in untrained(cfg).items():
+            pixel = isinstance(model.end_out, PixelShuffle)
+
+            def count(n):
+                return {k: macs(f, attention=k != "U-Net")
+                        for k, f in parts_of(model, n, scores).items()}
+            one = count(size)
+            two = (2 * sum(count(size + 8).values()) if pixel
+                   else sum(one.values()) + one["U-Net"])
+            x = torch.zeros(1, 3, size, size)
+            rows[name] = {"parameters": parameters_used(model, x, scores),
+                          "macs": sum(one.values()), "guided": two}
+    return rows
+
+
+PRINTED = {"GenDR": (933e6, None, 1637e9), "GenDR-Pix": (866e6, 344e9, 744e9)}
+
+
+def print_counts(rows, size):
+    """The table of `counts`, beside what GenDR-Pix prints for 512 x 512."""
+    def giga(n):
+        return f"{n / 1e9:9.1f}" if n else " " * 9
+    print(f"\n{size}x{size}: multiply-accumulates (G), and the paper's at 512x512")
+    print(f"{'':12s} {'parameters':>12s} {'one pass':>9s} {'guided':>9s}     "
+          f"{'paper: param.':>13s} {'one pass':>9s} {'guided':>9s}")
+    for name, row in rows.items():
+        paper = PRINTED.get(name, (None, None, None))
+        p = f"{paper[0] / 1e6:11.0f} M" if paper[0] else ""
+        print(f"{name:12s} {row['parameters'] / 1e6:10.2f} M {giga(row['macs'])} "
+              f"{giga(row['guided'])}     {p:>13s} {giga(paper[1])} {giga(paper[2])}")
+
+
+@torch.no_grad()
+def benchmark(models, size, details=True):
+    """{name: {"ms", "bytes", "parameters", "share"}}: one and two passes, size x size.
+
+    The LoRA is folded, as in `restore`.  models: GenDR, GenDR-Adc, GenDR-Pix.  With
+    details: the share of each part in one pass's time, and for GenDR-Pix the pass with
+    its LoRA unfolded, and the folding itself.
     """
     x = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     x, scores, rows = (2 * x - 1).to(device()), torch.zeros(1, 2, device=device()), {}
     for name, model in models.items():
-        fold(model, scores)
-        parameters = parameters_used(model, x, scores)
-        for label, weight in ((name, 1), (name + " guided", 1.07)):    # any w but 1
-            def run():
-                return model(x, scores) if weight == 1 else guided(
-                    model, x, scores, weight)
-            ms, peak = measure(run)
-            rows[label] = {"ms": ms, "bytes": peak, "parameters": parameters}
-        unfold(model)
+        cfg = model.unet.cfg
+        with autocast(cfg):
+            fold(model, scores)
+            parameters = parameters_used(model, x, scores)
+            for label, weight in ((name, 1), (name + " guided", 1.07)):  # any w but 1
+                def run():
+                    return model(x, scores) if weight == 1 else guided(
+                        model, x, scores, weight)
+                ms, peak = measure(run)
+                rows[label] = {"ms": ms, "bytes": peak, "parameters": parameters}
+            if details:
+                parts = {k: measure(f)[0] for k, f in
+                         parts_of(model, size, scores).items()}
+                rows[name]["share"] = {k: v / sum(parts.values())
+                                       for k, v in parts.items()}
+                rows[name]["fold ms"] = measure(lambda: fold(model, scores))[0]
+                unfold(model)
+                rows[name]["unfolded ms"] = measure(lambda: model(x, scores))[0]
+            unfold(model)
     return rows
 
 
@@ -766,19 +1012,125 @@ def print_benchmark(rows, size):
     print(f"\n{size}x{size} output, {device()}, {torch.get_num_threads()} threads; "
           "LoRA folded; ratios to GenDR, like for like")
     print(f"{'':18s} {'parameters':>11s} {'ms':>9s} {'peak MB':>9s} {'faster':>8s} "
-          f"{'memory':>8s}")
+          f"{'memory':>8s}   in / U-Net / out")
     for name, row in rows.items():
         base = rows["GenDR guided" if "guided" in name else "GenDR"]
+        share = " / ".join(f"{v:.0%}" for v in row.get("share", {}).values())
         print(f"{name:18s} {row['parameters'] / 1e6:9.2f} M {row['ms']:9.1f} "
               f"{row['bytes'] / 1e6:9.1f} {base['ms'] / row['ms']:7.2f}x "
-              f"{row['bytes'] / base['bytes'] - 1:+8.0%}")
+              f"{row['bytes'] / base['bytes'] - 1:+8.0%}   {share}")
+    for name, row in rows.items():
+        if "fold ms" in row:
+            print(f"{name}: a pass with LoRA unfolded {row['unfolded ms']:.1f} ms, "
+                  f"{row['unfolded ms'] / row['ms'] - 1:+.0%}; folding, once an image, "
+                  f"{row['fold ms']:.1f} ms: {row['fold ms'] / row['ms']:.1%}")
 
 
-# ---- 8. Evaluation and report (skim) -------------------------------------------------
+def growth(models, sizes):
+    """Time and memory of one pass at several sizes, and their exponents in pixels.
+
+    The exponent is the slope of a least-squares line through log(pixels), log(value);
+    returns {(name, "ms" or "bytes"): exponent}.
+    """
+    exponents = {}
+    print(f"\n{'one pass':18s} " + " ".join(f"{n:>6d}^2" for n in sizes)
+          + "   exponent in pixels")
+    rows = [benchmark(models, n, details=False) for n in sizes]
+    for name in models:
+        for key, unit, scale in (("ms", "ms", 1), ("bytes", "MB", 1e-6)):
+            values = [row[name][key] * scale for row in rows]
+            slope = least_squares(*(torch.tensor(v).log()[:, None] for v in (
+                [float(n * n) for n in sizes], values)), ridge=0)[0].item()
+            exponents[name, key] = slope
+            print(f"{name:12s} {unit:5s} " + " ".join(f"{v:8.0f}" for v in values)
+                  + f"   {slope:.2f}")
+    return exponents
+
+
+def stage_turns(cfg):
+    """{stage: its turns} of chapters 1 to 4 on untrained networks, for `training`."""
+    vae, prior = VAE(cfg).requires_grad_(False), ResShift(cfg)
+    with torch.device("cpu"):
+        lpips = Perceptual(cfg.lpips_net)
+    lpips, vae, prior = (m.to(device()) for m in (lpips, vae, prior))
+    yield "resshift", prior_turns(prior, cfg)
+    prior.requires_grad_(False)
+    gendr = gendr_from_prior(prior, vae, cfg)
+    yield "gendr", gendr_turns(prior, gendr, cfg)
+    adc = pixel_input(gendr.requires_grad_(False), cfg)
+    yield "adc", adc_turns(gendr, adc, cfg)
+    pix = pixel_output(adc.requires_grad_(False), cfg)
+    yield "pix", pix_turns(adc, pix, lpips, cfg)
+
+
+def training(cfg, real=False):
+    """Bytes of one training step of each stage: {stage: {"state", "activations"}}.
+
+    state: the weights of every network at play, and for what is trained its gradients,
+    AdamW's two moments, and the average.  activations: the largest peak of a turn's
+    forward and backward pass, gradients included, counted on the meta device in fp32,
+    an upper bound for bf16 autocast.  real: on this device and with numbers instead,
+    optimizer step included.
+    """
+    rows, rng = {}, torch.Generator().manual_seed(0)
+    n, c, hw, lw = cfg.batch, cfg.latent_channels, cfg.crop // 8, cfg.crop // cfg.scale
+    shapes = {"hq": (3, cfg.crop, cfg.crop), "lq_up": (3, cfg.crop, cfg.crop),
+              "lq": (3, lw, lw), "z_hq": (c, hw, hw), "z_lq": (c, hw, hw),
+              "z_tea": (c, hw, hw), "y_tea": (3, cfg.crop, cfg.crop), "estimate": (2,)}
+    where = device() if real else torch.device("meta")
+    with torch.device(where):
+        stages = stage_turns(cfg)
+        while stage := next(stages, None):
+            name, turns = stage
+            weights, trained = {}, 0
+            for turn in turns:
+                turn.start(cfg)
+                trained += sum(p.numel() for p in turn.parameters)
+                weights |= {id(p): p.numel() for m in networks(turn)
+                            for p in m.parameters()}
+            batch = {k: torch.rand(n, *shape) for k, shape in shapes.items()}
+            peaks = []
+            for turn in turns:
+                with frozen([t.module for t in turns if t is not turn]):
+                    with torch.device("cpu"), autocast(cfg), LiveBytes() as live:
+                        sum(turn.losses(batch, rng).values()).backward()
+                    peaks.append(live.peak)
+                if real:
+                    turn.optimizer.step()
+                turn.optimizer.zero_grad(set_to_none=True)
+            average = sum(p.numel() for p in turns[0].parameters)
+            rows[name] = {"state": 4 * (sum(weights.values()) + 2 * trained + average),
+                          "activations": max(peaks)}
+    return rows
+
+
+def networks(turn):
+    """All modules that a turn's losses reach: its own, and those they close over."""
+    seen = [turn.module]
+    for cell in turn.losses.__closure__ or ():
+        value = cell.cell_contents
+        if isinstance(value, Adversary):
+            value = nn.ModuleList([*value.discriminator.backbone, value.discriminator])
+        if isinstance(value, nn.Module):
+            seen.append(value)
+    return seen
+
+
+def print_training(rows, cfg, real):
+    """The table of `training`, in GB."""
+    how = f"measured on {device()}" if real else "estimate, activations in fp32"
+    print(f"\none training step, batch {cfg.batch}, crop {cfg.crop}, {how}")
+    print(f"{'stage':10s} {'state GB':>9s} {'activations GB':>15s} {'sum GB':>8s}")
+    for name, row in rows.items():
+        a, b = row["state"] / 1e9, row["activations"] / 1e9
+        print(f"{name:10s} {a:9.2f} {b:15.2f} {a + b:8.2f}")
+
+
+# ---- 9. Evaluation and report (skim) -------------------------------------------------
 
 
 @torch.no_grad()
-def rank_correlations(estimator, pairs, cfg, draws=8):
+def rank_correlations(estimator, pairs, cfg, draws=24):
     """{"blur", "noise"}: Spearman's, estimate against truth, on new degradations.
 
     Every held-out photo is degraded `draws` times with seeds of their own.
@@ -791,6 +1143,90 @@ def rank_correlations(estimator, pairs, cfg, draws=8):
         guess.append(estimator(lq.to(device())).cpu())
     true, guess = torch.cat(true), torch.cat(guess)
     return {n: spearman(true[:, i], guess[:, i]) for i, n in enumerate(SCORES)}
+
+
+@torch.no_grad()
+def ordered_pairs(estimator, pairs):
+    """{"blur", "noise"}: the share of pairs that it orders, differing in one alone.
+
+    Every held-out photo, shrunk by 4, climbs a ladder: Gaussian blur of 0.4, 0.8, 1.2
+    pixels (at noise 2/255), and noise of 2, 6, 12 / 255 (at blur 0.4).
+    """
+    right = {name: [] for name in SCORES}
+    for i, pair in enumerate(pairs):
+        clean = F.interpolate(to_unit(pair.hq.cpu()), scale_factor=0.25, mode="area")
+        noise = noise_like(clean, torch.Generator().manual_seed(30_000 + i))
+
+        def steps(axis, ladder):
+            seen = [estimator((2 * (blur(clean, gaussian_kernel(
+                21, b, b, 0.0, "iso", 1.0)) + n / 255 * noise).clamp(0, 1) - 1)
+                .to(device()))[0, axis].item() for b, n in ladder]
+            right[SCORES[axis]] += [b > a for a, b in zip(seen, seen[1:])]
+        steps(0, [(0.4, 2), (0.8, 2), (1.2, 2)])
+        steps(1, [(0.4, 2), (0.4, 6), (0.4, 12)])
+    return {name: sum(v) / len(v) for name, v in right.items()}
+
+
+def sharpness(y):
+    """Mean length of the luma's gradient, grey levels of 255 a pixel: (B,).
+
+    Forward differences on images in [-1, 1].  It needs no reference, and noise raises
+    it as well as detail: read it beside LPIPS.
+    """
+    grey = 255 * luma(to_unit(y))
+    dy = grey[:, :, 1:, :-1] - grey[:, :, :-1, :-1]
+    dx = grey[:, :, :-1, 1:] - grey[:, :, :-1, :-1]
+    return (dx ** 2 + dy ** 2).sqrt().mean((1, 2, 3))
+
+
+GUIDANCE = (0.9, 1.0, 1.07, 1.15, 1.3)
+
+
+def guidance_table(m, pairs, lpips, cfg):
+    """PSNR and LPIPS of both models over the weight w of out = neg + w (pos - neg).
+
+    GenDR mixes latents, GenDR-Pix pictures (PadCFG); w = 1 is one plain pass.
+    """
+    table = {}
+    for name, model in (("GenDR", m.gendr), ("GenDR-Pix", m.pix)):
+        for w in GUIDANCE:
+            def method(p):
+                return restore(model, m.estimator, p.lq, cfg.scale, w)
+            row = evaluate({"": method}, pairs, lpips)[""]
+            table[f"{name} {w}"] = {k: row[k] for k in ("psnr", "lpips")}
+    print("\nguidance w            " + " ".join(f"{w:7.2f}" for w in GUIDANCE))
+    for name in ("GenDR", "GenDR-Pix"):
+        for key, digits in (("psnr", 2), ("lpips", 4)):
+            print(f"{name + ' ' + key.upper():21s} " + " ".join(
+                f"{table[f'{name} {w}'][key]:7.{digits}f}" for w in GUIDANCE))
+    return table
+
+
+def draw_scores(model, estimator, pair, cfg, file, crop=160):
+    """One photo restored along a grid of scores: blur to the right, noise downwards."""
+    from matplotlib.figure import Figure
+    values = (0.0, 0.33, 0.67, 1.0)
+    figure = Figure(figsize=(13, 11), dpi=80, layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 4))
+    guess = estimator(pair.lq)[0].tolist()
+    own = restore(model, estimator, pair.lq, cfg.scale)
+    shown = {"bicubic": upsample(pair.lq, cfg.scale), "HQ": pair.hq,
+             f"estimated: {guess[0]:.2f}, {guess[1]:.2f}": own}
+
+    def show(axis, y, title):
+        top, side = ((n - crop) // 2 for n in y.shape[2:])
+        axis.imshow(to_pil(y[:, :, top:top + crop, side:side + crop]))
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(title, fontsize=13)
+    for axis, (title, y) in zip(left.subplots(3, 1), shown.items()):
+        show(axis, y, title)
+    for row, noise in zip(right.subplots(4, 4), values):
+        for axis, width in zip(row, values):
+            scores = torch.tensor([[width, noise]], device=device())
+            y = restore(model, estimator, pair.lq, cfg.scale, scores=scores)
+            show(axis, y, f"blur {width}, noise {noise}")
+    right.suptitle("restored with the scores set by hand", fontsize=16)
+    write_file(file, lambda p: figure.savefig(p, format="png"))
 
 
 def spearman(a, b):
@@ -894,7 +1330,7 @@ def draw_report(table, pairs, lpips_name, file, crop=112, rows=6):
     write_file(file, lambda p: figure.savefig(p, format="png"))
 
 
-# ---- 9. All chapters, one after the other (read) -------------------------------------
+# ---- 10. All chapters, one after the other (read) ------------------------------------
 
 
 @dataclass
@@ -909,34 +1345,55 @@ class Models:
 
 
 def train_all(run, pairs, lpips):
-    """Chapters 1 to 4: train what is missing, resume what was interrupted."""
+    """Chapters 1 to 4: train what is missing, resume what was interrupted.
+
+    Score and adversarial losses need not fall while the pictures get better, so every
+    chapter is watched by PSNR and LPIPS, beside bicubic's and the prior's.
+    """
     cfg, pool = run.cfg, Pool(run.cfg)
     end, prior = chapter_one(run, pool, pairs)
-    estimator = chapter(run, "estimator", lambda: DegradationEstimator(cfg),
-                        lambda m: train_estimator(run, m, pool))
+
+    def stage(name, build, turns, steps, watch=None):
+        return chapter(run, name, build, lambda m: train(
+            run, name, turns(m), pool, steps, watch and (lambda: watch(m))))
+    estimator = stage("estimator", lambda: DegradationEstimator(cfg),
+                      lambda m: estimator_turns(m, cfg), cfg.estimator_steps)
     pool.add("estimate", lambda rows: estimator(rows["lq"]))
-
-    def watch(model):
-        return {"psnr": mean_psnr(
-            lambda p: restore(model, estimator, p.lq, cfg.scale), pairs),
-            "bicubic": mean_psnr(lambda p: upsample(p.lq, cfg.scale), pairs)}
-
-    def stage(name, build, teach):
-        return chapter(run, name, build, lambda m: teach(m, lambda: watch(m)))
+    watch = watcher(prior, end, estimator, pairs, lpips, cfg)
 
     def some():
         """Rows for a least-squares start: 128 crops of 128, fewer larger ones."""
         most = max(1, 128 ** 3 // cfg.crop ** 2)
         return pool.rows(torch.arange(min(len(pool), most)))
     gendr = stage("gendr", lambda: gendr_from_prior(prior, end, cfg),
-                  lambda m, w: train_gendr(run, m, pool, w))
+                  lambda m: gendr_turns(prior, m, cfg), cfg.gendr_steps, watch)
     pool.add("z_tea", lambda rows: gendr.step(rows["z_lq"], rows["estimate"]))
     adc = stage("adc", lambda: pixel_input(gendr, cfg, some()["lq_up"]),
-                lambda m, w: train_adc(run, gendr, m, pool, w))
+                lambda m: adc_turns(gendr, m, cfg), cfg.adc_steps, watch)
     pool.add("y_tea", lambda rows: end.decode(rows["z_tea"]))
     pix = stage("pix", lambda: pixel_output(adc, cfg, some()),
-                lambda m, w: train_pix(run, adc, m, pool, lpips, w))
+                lambda m: pix_turns(adc, m, lpips, cfg), cfg.pix_steps, watch)
     return Models(end, prior, estimator, gendr, adc, pix)
+
+
+def watcher(prior, end, estimator, pairs, lpips, cfg):
+    """watch(model) -> PSNR and LPIPS on the held-out photos, of model and what it is
+    measured by: bicubic and the prior, which are computed at the first call."""
+    def figures(name, method):
+        # Restored once, measured twice: pictures by the pair's name.
+        done = {p.name: method(p) for p in pairs}
+        return {f"{name} psnr": mean_psnr(lambda p: done[p.name], pairs),
+                f"{name} lpips": mean_lpips(lambda p: done[p.name], pairs, lpips)}
+
+    @lru_cache(maxsize=1)
+    def fixed():
+        return (figures("bicubic", lambda p: upsample(p.lq, cfg.scale))
+                | figures("prior", lambda p: sample(prior, end, p.lq, cfg)))
+
+    def watch(model):
+        now = figures("its", lambda p: restore(model, estimator, p.lq, cfg.scale))
+        return now | fixed()
+    return watch
 
 
 def load_all(folder):
@@ -945,7 +1402,7 @@ def load_all(folder):
 
     def load(name, model):
         model = load_weights(model.to(device()), Path(folder) / f"{name}.safetensors")
-        return model.requires_grad_(False).eval()
+        return fast(model.requires_grad_(False).eval())
     estimator = load("estimator", DegradationEstimator(cfg))
     gendr = load("gendr", gendr_from_prior(prior, end, cfg))
     adc = load("adc", pixel_input(gendr, cfg))
@@ -978,6 +1435,10 @@ def report(folder, cfg, models, pairs, lpips, size=512):
     ranks = rank_correlations(m.estimator, pairs, cfg)
     print("\nestimator, rank correlation with the truth: "
           + ", ".join(f"{k} {v:.2f}" for k, v in ranks.items()))
+    order = ordered_pairs(m.estimator, pairs)
+    print("pairs that differ in one factor, in the right order: "
+          + ", ".join(f"{k} {v:.0%}" for k, v in order.items()))
+    guidance = guidance_table(m, pairs, lpips, cfg)
     bench = benchmark({"GenDR": m.gendr, "GenDR-Adc": m.adc, "GenDR-Pix": m.pix}, size)
     print_benchmark(bench, size)
     lattice = {"HQ": [lattice_energy(p.hq) for p in pairs],
@@ -986,8 +1447,8 @@ def report(folder, cfg, models, pairs, lpips, size=512):
     rows = checks(table, bench, lattice)
     passed = print_checks(rows)
     metrics = {"lpips": lpips.name, "device": str(device()), "torch": torch.__version__,
-               "seed": cfg.seed, "estimator": ranks, "lattice": lattice,
-               "benchmark": bench,
+               "seed": cfg.seed, "estimator": ranks, "ordered": order,
+               "guidance": guidance, "lattice": lattice, "benchmark": bench,
                "table": {k: {n: v for n, v in row.items() if n != "pictures"}
                          for k, row in table.items()},
                "checks": [{"name": r.name, "value": r.value, "unit": r.unit,
@@ -998,7 +1459,77 @@ def report(folder, cfg, models, pairs, lpips, size=512):
     return passed
 
 
-# ---- 10. Command line (skim) ---------------------------------------------------------
+REGRESSION = dict(distill="none", lambda_cid_adv=0.0)
+ABLATED = {                              # chapter 2: what of GenDR does what
+    "no LoRA: the frozen prior": REGRESSION | dict(adapter="plain", gendr_steps=0),
+    "plain LoRA (M = I)": REGRESSION | dict(adapter="plain"),
+    "guided LoRA": REGRESSION,
+    "guided LoRA, no negatives": REGRESSION | dict(negative=0.0),
+    "full fine-tuning": REGRESSION | dict(adapter="full"),
+    "guided LoRA + VSD": dict(distill="vsd", lambda_cid_adv=0.0),
+    "guided LoRA + SiD": dict(distill="sid", lambda_cid_adv=0.0),
+    "guided LoRA + CiD": dict(distill="cid", lambda_cid_adv=0.0),
+    "guided LoRA + CiD + adv.": {},
+}
+
+
+def ablate(run, models, pairs, lpips, seeds=3):
+    """A GenDR a row of ABLATED and a seed, on the run's VAE and estimator.
+
+    The prior is trained anew with the paper's eta_1, whatever the run has: only a prior
+    that looks at x_t has scores to distil.  All rows have one budget, cfg.ablate_steps,
+    and the same seeds: start and batches.  Prints mean and spread (standard deviation) over the seeds, writes ablate.json.
+    Interrupted, it goes on with the row it was in.
+    """
+    m, cfg, pool, table = models, run.cfg, Pool(run.cfg), {}
+    pool.add("z_hq", lambda rows: m.end.encode(rows["hq"]))
+    pool.add("z_lq", lambda rows: m.end.encode(rows["lq_up"]))
+    pool.add("estimate", lambda rows: m.estimator(rows["lq"]))
+    part = run.part("ablate/prior", eta_1=0.0, eta_T=0.999)
+    prior = chapter(part, "resshift", lambda: ResShift(part.cfg),
+                    lambda p: train(part, "resshift", prior_turns(p, part.cfg), pool,
+                                    part.cfg.prior_steps))
+    for name, change in ABLATED.items():
+        slug = "".join(c if c.isalnum() else "-" for c in name)
+        for seed in range(seeds):
+            part = run.part(f"ablate/{slug}-{seed}", **(dict(
+                eta_1=0.0, eta_T=0.999, gendr_steps=cfg.ablate_steps, seed=seed)
+                | change))
+            model = chapter(part, "gendr", lambda: gendr_from_prior(prior, m.end,
+                                                                    part.cfg),
+                            lambda g: train(part, "gendr", gendr_turns(
+                                prior, g, part.cfg), pool, part.cfg.gendr_steps))
+            found = evaluate(
+                {w: lambda p, w=w: restore(model, m.estimator, p.lq, cfg.scale, w)
+                 for w in (1.0, cfg.guidance)}, pairs, lpips)
+            row = {k: found[1.0][k] for k in ("psnr", "lpips")}
+            row["sharpness"] = torch.cat([sharpness(y) for y in
+                                          found[1.0]["pictures"]]).mean().item()
+            row |= {f"{k} w": found[cfg.guidance][k] for k in ("psnr", "lpips")}
+            table.setdefault(name, []).append(row)
+    write_file(run.folder / "ablate.json", json.dumps(table, indent=1))
+    print_ablation(table, lpips.name, cfg)
+    return table
+
+
+def print_ablation(table, lpips_name, cfg):
+    """Mean +- standard deviation over the seeds, one row a variant."""
+    seeds = len(next(iter(table.values())))
+    print(f"\n{cfg.ablate_steps} steps, {seeds} seeds, held-out photos; "
+          f"w: guided by {cfg.guidance}; {lpips_name}")
+    columns = {"psnr": ("PSNR", 2), "lpips": ("LPIPS", 4), "sharpness": ("sharp.", 2),
+               "psnr w": ("PSNR w", 2), "lpips w": ("LPIPS w", 4)}
+    print(f"{'':26s} " + " ".join(f"{title:>15s}" for title, _ in columns.values()))
+    for name, rows in table.items():
+        cells = []
+        for key, (_, digits) in columns.items():
+            v = torch.tensor([row[key] for row in rows])
+            spread = v.std().item() if len(v) > 1 else 0.0
+            cells.append(f"{v.mean():.{digits}f} +- {spread:.{digits}f}")
+        print(f"{name:26s} " + " ".join(f"{cell:>15s}" for cell in cells))
+
+
+# ---- 11. Command line (skim) ---------------------------------------------------------
 
 
 def restore_file(args, folder):
@@ -1010,9 +1541,34 @@ def restore_file(args, folder):
     lq = from_pil(picture).to(device())
     alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
     weight = 1.0 if passes == 1 else args.guidance or cfg.guidance
-    y = restore(m.pix, m.estimator, lq, cfg.scale, weight, args.tile)
+    if args.compile:
+        fast(m.pix, compiled=True)
+    scores = args.degradation.to(device()) if args.degradation is not None else None
+    y = restore(m.pix, m.estimator, lq, cfg.scale, weight, args.tile, scores)
     save_picture(y, args.output, alpha)
     print(f"{args.output}: {y.shape[3]}x{y.shape[2]}, passes: {passes}")
+
+
+def score_pair(text):
+    """"blur,noise" -> (1, 2) scores in [0, 1]; ValueError (argparse says it) if not."""
+    values = [float(v) for v in text.split(",")]
+    if len(values) != 2 or not all(0 <= v <= 1 for v in values):
+        raise ValueError(text)
+    return torch.tensor([values])
+
+
+def bench(args, cfg):
+    """--bench: counts, then time and memory of the preset; with --train, its memory."""
+    if args.train:
+        print_training(training(cfg, args.real), cfg, args.real)
+        return
+    print_counts(counts(cfg, args.size), args.size)
+    models = untrained(cfg)
+    for model in models.values():
+        fast(model, args.compile)
+    print_benchmark(benchmark(models, args.size), args.size)
+    if args.size >= 512:
+        growth(models, range(256, args.size + 1, 128))
 
 
 def main():
@@ -1021,12 +1577,24 @@ def main():
     parser.add_argument("--train", action="store_true", help="all chapters, and --eval")
     parser.add_argument("--eval", action="store_true", help="the table of a run")
     parser.add_argument("--data", help="--eval: photos, or a folder with lq/ and hq/")
-    parser.add_argument("--bench", action="store_true", help="time and memory of a run")
+    parser.add_argument("--bench", action="store_true",
+                        help="counts, time and memory of a preset, untrained; with "
+                        "--train: memory of a training step")
+    parser.add_argument("--real", action="store_true",
+                        help="--bench --train: take the step instead of estimating it")
+    parser.add_argument("--ablate", action="store_true",
+                        help="GenDR's variants in one table, on a finished run")
+    parser.add_argument("--figure", action="store_true",
+                        help="a photo along a grid of scores: RUN/scores.png")
     parser.add_argument("--size", type=int, default=512, help="--bench: output pixels")
     parser.add_argument("--input", help="a picture to restore")
     parser.add_argument("--output", default="up.png", help="where to write it")
     parser.add_argument("--tile", type=int, default=0,
                         help="restore in squares of this many output pixels")
+    parser.add_argument("--degradation", type=score_pair, metavar="BLUR,NOISE",
+                        help="--input: these scores in [0, 1], not the estimator's")
+    parser.add_argument("--compile", action="store_true",
+                        help="--input, --bench: the U-Net through torch.compile")
     parser.add_argument("--passes", type=int, choices=(1, 2),
                         help="2: PadCFG, with the weight --guidance")
     args = parser.parse_args()
@@ -1037,12 +1605,22 @@ def main():
         restore_file(args, folder)
         return 0
     if args.bench:
-        _, m = load_all(folder)
-        print_benchmark(benchmark({"GenDR": m.gendr, "GenDR-Adc": m.adc,
-                                   "GenDR-Pix": m.pix}, args.size), args.size)
+        bench(args, config_from(args))
+        return 0
+    if args.ablate or args.figure:
+        cfg, models = load_all(folder)
+        pairs = held_out(cfg)
+        if args.figure:
+            draw_scores(models.pix, models.estimator, pairs[1], cfg,
+                        f"{folder}/scores.png")
+            print(f"{folder}/scores.png")
+        else:
+            ablate(Run(folder, cfg), models, pairs,
+                   Perceptual(cfg.lpips_net).to(device()))
         return 0
     if not (args.train or args.eval):
-        parser.error("nothing to do: --train, --eval, --bench, or --input")
+        parser.error("nothing to do: --train, --eval, --bench, --ablate, --figure, or "
+                     "--input")
     started = time.time()
     if args.eval:
         cfg, models = load_all(folder)
@@ -1059,6 +1637,8 @@ def main():
         pairs, run = held_out(cfg), Run(folder, cfg)
         lpips = Perceptual(cfg.lpips_net).to(device())
         models = train_all(run, pairs, lpips)
+        if world()[0] > 0:                                     # rank 0 evaluates
+            return 0
     passed = report(folder, cfg, models, pairs, lpips, args.size)
     minutes = (time.time() - started) / 60
     print(f"\n{'PASS' if passed else 'FAIL'}: {folder}, {minutes:.1f} minutes on "

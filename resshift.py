@@ -31,6 +31,7 @@ import os
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ---- 1. Every number (read) --------------------------------------------------------
@@ -56,7 +58,7 @@ class Config:
     scale: int = 4                       # LQ to HQ
     crop: int = 256                      # HQ training crop, pixels
     pool: int = 8192                     # degraded pairs made once, before training
-    degradation: str = "mild"            # a row of RANGES
+    ranges: str = "mild"                 # of the degradation: a row of RANGES
     # the chain (ResShift)
     space: str = "latent"                # "latent": VAE; "pixel": pixel-unshuffle
     steps: int = 15                      # T
@@ -77,10 +79,13 @@ class Config:
     vae_groups: int = 32
     vae_skip: bool = True                # linear skip around encoder and decoder
     lora_rank: int = 32
+    fake_rank: int = 64                  # GenDR's rank for the score networks' LoRA
+    adapter: str = "guided"              # GenDR's LoRA: "guided", "plain", or "full"
     estimator_width: int = 48
     # training
     batch: int = 16
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-4          # of the prior
+    gendr_learning_rate: float = 5e-5
     student_learning_rate: float = 5e-5  # stages I and II
     critic_learning_rate: float = 1e-4
     vae_learning_rate: float = 5e-4
@@ -96,8 +101,18 @@ class Config:
     gendr_steps: int = 40_000
     adc_steps: int = 20_000
     pix_steps: int = 30_000
+    ablate_steps: int = 4000             # of GenDR, for each row of --ablate
     negative: float = 0.05               # share of online negatives (S3Diff)
     guidance: float = 1.07               # S3Diff's weight; GenDR-Pix prints none
+    distill: str = "cid"                 # "none", "vsd", "sid" or "cid"
+    xi: float = 1.0                      # SiD's alpha; open in GenDR
+    cid_guidance: float = 1.5            # f_phi's; open in GenDR, as the next four
+    cid_t_min: int = 1
+    cid_t_max: int = 0                   # 0: T
+    lambda_cid: float = 0.1
+    lambda_cid_adv: float = 0.05
+    fake_steps: int = 1                  # fake score steps for each of the generator
+    fake_learning_rate: float = 1e-4
     lambda_adv: float = 0.05             # GenDR-Pix, stage II: 0.05 / 1 / 0.1
     lambda_lpips: float = 1.0
     lambda_fourier: float = 0.1
@@ -105,7 +120,10 @@ class Config:
     least_squares: bool = True           # start new ends in closed form
     lpips_net: str = "vgg"
     # the run
+    unet_weights: str = ""               # start from these .safetensors: SD 2.1's U-Net
+    vae_weights: str = ""                # and an AutoencoderKL, under diffusers' names
     seed: int = 0
+    checkpointing: bool = False          # U-Net activations again in the backward pass
     precision: str = "bf16"              # autocast on CUDA; the CPU computes in fp32
     save_every: int = 1000
     log_every: int = 200
@@ -115,22 +133,24 @@ PRESETS = {
     "small": {},
     # eta_1 = 0.6 keeps the tiny chain near the mean; the README says why.
     "tiny": dict(
-        crop=128, pool=2048, degradation="real-esrgan", eta_1=0.6,
+        crop=128, pool=4096, ranges="real-esrgan", eta_1=0.6,
         unet_widths=(48, 96, 144), unet_blocks=1, head_width=48, groups=16,
         context_tokens=4, context_width=64, vae_widths=(24, 48, 64, 64), vae_blocks=1,
         vae_groups=8, lora_rank=16, estimator_width=16, batch=8, warmup=20, ema=0.99,
-        learning_rate=1e-3, student_learning_rate=3e-4, critic_learning_rate=1e-3,
-        vae_learning_rate=1e-3, estimator_learning_rate=3e-3, vae_crop=64,
-        vae_steps=100, prior_steps=500, estimator_steps=2500, gendr_steps=300,
-        adc_steps=150, pix_steps=150, lpips_net="alex", precision="fp32",
-        save_every=100, log_every=100),
+        learning_rate=5e-4, gendr_learning_rate=1e-3, student_learning_rate=3e-4,
+        critic_learning_rate=1e-3, fake_rank=16, fake_learning_rate=1e-3,
+        vae_learning_rate=1e-3, estimator_learning_rate=2e-3, vae_crop=64,
+        vae_steps=100, prior_steps=500, estimator_steps=5000, gendr_steps=300,
+        adc_steps=150, pix_steps=150, ablate_steps=100, lpips_net="alex",
+        precision="fp32", save_every=100, log_every=100),
     "full": dict(
         crop=512, pool=4096, unet_widths=(320, 640, 1280, 1280), context_width=1024,
         vae_widths=(128, 128, 256, 512), vae_skip=False, shortcut=False, batch=8,
-        learning_rate=1e-5,
+        checkpointing=True,
+        learning_rate=1e-5, gendr_learning_rate=1e-5,
         vae_learning_rate=1e-4, vae_crop=256, vae_steps=500_000, prior_steps=500_000,
         estimator_steps=20_000, gendr_steps=100_000, adc_steps=100_000,
-        pix_steps=100_000),
+        pix_steps=100_000, ablate_steps=10_000),
 }
 
 
@@ -145,6 +165,27 @@ def preset(name):
 def noise_like(x, rng):
     """N(0, I) in x's shape from a CPU generator, so that all devices draw alike."""
     return torch.randn(x.shape, generator=rng).to(x)
+
+
+def world():
+    """(rank of this process, number of processes): (0, 1) unless under torchrun."""
+    d = torch.distributed
+    return (d.get_rank(), d.get_world_size()) if d.is_initialized() else (0, 1)
+
+
+def per_sample(draw, count):
+    """This process's share of draw(n), n the samples of all processes together.
+
+    With it N processes see what one process with N times the batch would see.
+    """
+    rank, size = world()
+    return draw(size * count)[rank * count:(rank + 1) * count]
+
+
+def batch_noise(x, rng):
+    """N(0, I) in the shape of a training batch x, drawn for all processes."""
+    return per_sample(lambda n: torch.randn(n, *x.shape[1:], generator=rng),
+                      len(x)).to(x)
 
 
 class ResidualShift:
@@ -170,11 +211,11 @@ class ResidualShift:
             raise ValueError(f"need steps >= 2 and 0 < eta_1 < eta_T < 1, got {steps}, "
                              f"{eta_1}, {eta_T}")
         self.steps, self.kappa, self.power = steps, kappa, power
-        t = torch.arange(1, steps + 1, dtype=torch.float64)
+        t = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu")
         beta = ((t - 1) / (steps - 1)) ** power * (steps - 1)
         b0 = math.exp(math.log(eta_T / eta_1) / (2 * (steps - 1)))
         sqrt_eta = math.sqrt(eta_1) * b0 ** beta
-        eta = torch.cat([torch.zeros(1, dtype=torch.float64), sqrt_eta ** 2])
+        eta = torch.cat([0 * t[:1], sqrt_eta ** 2])
         self.eta = eta.float()
         self.alpha = torch.cat([eta[:1], eta[1:] - eta[:-1]]).float()
 
@@ -435,16 +476,27 @@ class UNet(nn.Module):
             nn.init.zeros_(self.conv_out.weight)
             nn.init.zeros_(self.conv_out.bias)
 
+    def layer(self, block, i, h, emb, context):
+        """Residual block i of a level and its transformer, if the level has any.
+
+        cfg.checkpointing: keep only h, and compute the inside again in the backward
+        pass.  Time for memory.
+        """
+        def run(h, emb, context):
+            h = block.resnets[i](h, emb)
+            return block.attentions[i](h, context) if block.attentions else h
+        if self.cfg.checkpointing and torch.is_grad_enabled():
+            return checkpoint(run, h, emb, context, use_reentrant=False)
+        return run(h, emb, context)
+
     def encode(self, x, t, context):
         """The half before the skips return: (features, skips, time embedding)."""
         emb = self.time_embedding(t.to(x.device))
         h = self.conv_in(x)                                    # (B, w0, h, w)
         skips = [h]
         for block in self.down_blocks:
-            for i, resnet in enumerate(block.resnets):
-                h = resnet(h, emb)
-                if block.attentions:
-                    h = block.attentions[i](h, context)
+            for i in range(len(block.resnets)):
+                h = self.layer(block, i, h, emb, context)
                 skips.append(h)
             for down in block.downsamplers:
                 h = down(h)                                    # (B, wi, h/2^i, w/2^i)
@@ -456,10 +508,9 @@ class UNet(nn.Module):
     def forward(self, x, t, context):
         h, skips, emb = self.encode(x, t, context)
         for block in self.up_blocks:
-            for i, resnet in enumerate(block.resnets):
-                h = resnet(torch.cat([h, skips.pop()], dim=1), emb)
-                if block.attentions:
-                    h = block.attentions[i](h, context)
+            for i in range(len(block.resnets)):
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = self.layer(block, i, h, emb, context)
             for up in block.upsamplers:
                 h = up(h, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(h)))    # (B, out, h, w)
@@ -827,7 +878,7 @@ def jpeg(x, quality):
 
 def degrade_one(hq, cfg, dice):
     """One picture (1, 3, H, W) in [0, 1] -> LQ (1, 3, H/s, W/s), blur, noise score."""
-    ranges, (height, width) = RANGES[cfg.degradation], hq.shape[2:]
+    ranges, (height, width) = RANGES[cfg.ranges], hq.shape[2:]
     small = (height // cfg.scale, width // cfg.scale)
     # Two copies take the same blurs and resizes, but only the first gets the noise
     # and the JPEG: their difference at the end is the true noise.
@@ -1023,8 +1074,17 @@ class Perceptual(nn.Module):
 
 
 def device():
-    """The GPU of this process, or the CPU."""
+    """The GPU of this process, or the CPU; inside `with torch.device("meta")`, that."""
+    if torch.get_default_device().type == "meta":
+        return torch.device("meta")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def to_device(x):
+    """x on `device()`; to a GPU by way of pinned memory, without waiting for it."""
+    if device().type == "cuda":
+        return x.pin_memory().to(device(), non_blocking=True)
+    return x.to(device())
 
 
 def autocast(cfg):
@@ -1046,7 +1106,7 @@ class Pool:
         if not photos:
             raise UserError(f"{cfg.train_data}: no picture has a {cfg.crop} pixel crop")
         dice, pairs = Dice(rng), []
-        for _ in tqdm(range(cfg.pool), "degraded pairs", disable=None):
+        for _ in tqdm(range(cfg.pool), "degraded pairs", disable=quiet()):
             hq = random_crop(from_bytes(dice.pick(photos)), cfg.crop, dice)
             lq, scores = degrade(hq, cfg, rng)
             pairs.append((to_bytes(hq), to_bytes(lq), scores))
@@ -1058,7 +1118,7 @@ class Pool:
 
     def rows(self, index):
         """The rows of `index` on the device; pictures as float, `lq_up` on the way."""
-        batch = {name: column[index].to(device()) for name, column in
+        batch = {name: to_device(column[index]) for name, column in
                  self.columns.items()}
         batch = {name: from_bytes(x) if x.dtype == torch.uint8 else x
                  for name, x in batch.items()}
@@ -1066,8 +1126,9 @@ class Pool:
         return batch
 
     def batch(self, rng):
-        """cfg.batch random rows."""
-        return self.rows(torch.randint(len(self), (self.cfg.batch,), generator=rng))
+        """cfg.batch random rows, others in every process."""
+        return self.rows(per_sample(
+            lambda n: torch.randint(len(self), (n,), generator=rng), self.cfg.batch))
 
     @torch.no_grad()
     def add(self, name, function):
@@ -1078,9 +1139,14 @@ class Pool:
         """
         out = []
         for index in tqdm(torch.arange(len(self)).split(self.cfg.batch),
-                          f"pool: {name}", disable=None):
+                          f"pool: {name}", disable=quiet()):
             out.append(function(self.rows(index)).float().cpu())
         self.columns[name] = torch.cat(out)
+
+
+def quiet():
+    """tqdm's `disable`: no bars where stderr is no terminal, or from other ranks."""
+    return True if world()[0] > 0 else None
 
 
 def random_crop(photo, size, dice):
@@ -1146,6 +1212,8 @@ class Run:
 
     def __init__(self, folder, cfg):
         self.folder, self.cfg = Path(folder), cfg
+        if world()[0] > 0:                                     # rank 0 alone writes
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -1172,6 +1240,18 @@ class Run:
         except OSError:
             raise UserError(f"{self.folder}: another process writes this run") from None
 
+    def part(self, name, **change):
+        """A run in a folder of this one, under its lock, with some numbers changed.
+
+        A stage's seed comes from its name and cfg.seed alone, so that the same stage
+        in two parts starts from the same weights and sees the same batches.
+        """
+        part = copy.copy(self)
+        part.folder = self.folder / name
+        part.cfg = dataclasses.replace(self.cfg, **change)
+        part.folder.mkdir(parents=True, exist_ok=True)
+        return part
+
     def forget(self, stage, step):
         """Drop a stage's rows of log.csv after `step`: a resumed stage writes anew."""
         file = self.folder / "log.csv"
@@ -1183,6 +1263,8 @@ class Run:
 
     def log(self, stage, step, values):
         """Append one row a value to log.csv: stage, step, name, value."""
+        if world()[0] > 0:
+            return
         file = self.folder / "log.csv"
         new = not file.exists()
         with open(file, "a", newline="") as f:
@@ -1195,7 +1277,13 @@ class Run:
 def check_config(cfg):
     """Refuse, before anything is written, what would fail in the middle of a run."""
     wrong = [
-        (cfg.degradation not in RANGES, f"degradation is one of {', '.join(RANGES)}"),
+        (cfg.adapter not in ("guided", "plain", "full"),
+         "adapter is guided, plain or full"),
+        (cfg.distill not in ("none", "vsd", "sid", "cid"),
+         "distill is none, vsd, sid or cid"),
+        (not 1 <= cfg.cid_t_min <= (cfg.cid_t_max or cfg.steps) <= cfg.steps,
+         "cid_t_min and cid_t_max are in 1 .. steps"),
+        (cfg.ranges not in RANGES, f"ranges is one of {', '.join(RANGES)}"),
         (cfg.space not in ("latent", "pixel"), "space is latent or pixel"),
         (cfg.precision not in ("fp32", "bf16"), "precision is fp32 or bf16"),
         (len(cfg.vae_widths) != 4, "vae_widths has four levels: f = 8"),
@@ -1209,7 +1297,9 @@ def check_config(cfg):
 
 
 def write_file(path, data):
-    """Write text, or call data(path), to a temporary file, then rename it."""
+    """Write text, or call data(path), to a temporary file, then rename it; rank 0's."""
+    if world()[0] > 0:
+        return
     temporary = Path(f"{path}.tmp")
     if callable(data):
         data(temporary)
@@ -1225,20 +1315,61 @@ def save_weights(module, path):
     write_file(path, lambda p: save_file(state, p))
 
 
-def load_weights(module, path):
-    """Load a .safetensors file; UserError names the first key that does not fit."""
+def read_weights(path):
+    """{name: tensor} of a .safetensors file; UserError where it is none."""
     try:
-        state = load_file(path)
+        return load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights; train first") from None
     except Exception as error:                                 # truncated, not ours
         raise UserError(f"{path}: not a weights file ({error})") from None
+
+
+def load_weights(module, path):
+    """Load a .safetensors file; UserError names the first key that does not fit."""
+    return fit_weights(module, read_weights(path), path)
+
+
+def fit_weights(module, state, path):
+    """Load a state dict; UserError names the first key or shape that does not fit."""
     own = module.state_dict()
     for key in [*own, *state]:
-        if key not in own or key not in state or own[key].shape != state[key].shape:
-            raise UserError(f"{path}: {key} does not fit this network")
+        if key not in own or key not in state:
+            where = "this network" if key in state else "the file"
+            raise UserError(f"{path}: {key} is not in {where}")
+        if own[key].shape != state[key].shape:
+            raise UserError(f"{path}: {key} is {tuple(state[key].shape)}, not "
+                            f"{tuple(own[key].shape)}")
     module.load_state_dict(state)
     return module
+
+
+@contextmanager
+def frozen(modules):
+    """Inside, gradients pass through these modules but none stay in their parameters.
+
+    What was frozen already is frozen afterwards, too.
+    """
+    trained = [p for m in modules for p in m.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+class Player(nn.Module):
+    """A turn's losses as a forward pass, which is what DistributedDataParallel wraps:
+    it averages over all processes the gradients of `module`'s trained parameters."""
+
+    def __init__(self, module, losses):
+        super().__init__()
+        self.module, self.losses = module, losses
+
+    def forward(self, batch, rng):
+        return self.losses(batch, rng)
 
 
 @dataclass
@@ -1246,23 +1377,28 @@ class Turn:
     """One player's move: losses(batch, rng) -> {name: weighted loss} for `module`.
 
     A stage is a list of turns; their order is the order of play.  Every turn has its
-    own optimizer, over those parameters of `module` that require gradients.
+    own optimizer, over those parameters of `module` that require gradients, and makes
+    `times` steps in a row on the same batch.
     """
     name: str
     module: nn.Module
     losses: object
     learning_rate: float
+    times: int = 1
 
     def start(self, cfg):
         """Make the optimizer: AdamW, with the betas of the adversarial literature."""
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, self.learning_rate,
                                            betas=(0.9, 0.99), weight_decay=0.0)
+        self.player = Player(self.module, self.losses)
+        if world()[1] > 1:
+            self.player = nn.parallel.DistributedDataParallel(self.player)
 
     def play(self, batch, rng, cfg, rate):
         """One optimizer step; returns the losses as floats' tensors, detached."""
         with autocast(cfg):
-            losses = self.losses(batch, rng)
+            losses = self.player(batch, rng)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -1308,6 +1444,7 @@ class Ema:
 def train(run, stage, turns, pool, steps, watch=None):
     """Play `turns` for `steps` steps; leave the averaged weights in turns[0].module.
 
+    In each turn all players but one are frozen: gradients pass through them, none stay.
     Random draws of a step come from a generator seeded by (seed, stage, step), so a
     resumed run repeats an uninterrupted one; on the CPU bit for bit.  A checkpoint
     runs/NAME/STAGE.ckpt is renamed into place every cfg.save_every steps.  `watch()`
@@ -1321,14 +1458,16 @@ def train(run, stage, turns, pool, steps, watch=None):
         first = load_checkpoint(file, turns, ema)
         run.forget(stage, first)
         print(f"{stage}: resuming at step {first}")
-    bar = tqdm(range(first, steps), stage, steps, initial=first, disable=None)
+    bar = tqdm(range(first, steps), stage, steps, initial=first, disable=quiet())
     started, mean = time.time(), {}
     for step in bar:
         rng = torch.Generator().manual_seed(stage_seed(cfg, stage, step))
         batch, losses = pool.batch(rng), {}
         for turn in turns:
             rate = learning_rate_factor(step, steps, cfg.warmup)
-            losses |= turn.play(batch, rng, cfg, rate)
+            with frozen([other.module for other in turns if other is not turn]):
+                for _ in range(turn.times):
+                    losses |= turn.play(batch, rng, cfg, rate)
         ema.update()
         for k, v in losses.items():
             mean.setdefault(k, []).append(v)
@@ -1336,7 +1475,7 @@ def train(run, stage, turns, pool, steps, watch=None):
         if done % cfg.log_every == 0 or done == steps:
             values = {k: torch.stack(v).mean().item() for k, v in mean.items()}
             ema.swap()
-            values |= watch() if watch else {}
+            values |= watch() if watch and world()[0] == 0 else {}
             ema.swap()
             each = (time.time() - started) / (done - first)
             run.log(stage, done, values)
@@ -1374,7 +1513,8 @@ def load_checkpoint(file, turns, ema):
 def train_vae(run, vae, pool):
     """|| opponent(x - D(z)) ||^2 + KL weight * KL(q(z | x) || N(0, I)), on small crops.
 
-    Afterwards `scale` makes the encoded HQ crops' variance 1, once and for all.
+    With cfg.vae_weights the weights come from that file instead.  Afterwards `scale`
+    makes the encoded HQ crops' variance 1, once and for all.
     """
     cfg = run.cfg
     if cfg.vae_skip:
@@ -1384,34 +1524,94 @@ def train_vae(run, vae, pool):
         y, x = torch.randint(cfg.crop - cfg.vae_crop + 1, (2,), generator=rng).tolist()
         hq = batch["hq"][:, :, y:y + cfg.vae_crop, x:x + cfg.vae_crop]
         mean, logvar = vae.posterior(hq)
-        z = mean + (logvar / 2).exp() * noise_like(mean, rng)
+        z = mean + (logvar / 2).exp() * batch_noise(mean, rng)
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
         error = opponent(vae.decode(z * vae.scale) - hq).square().mean()
         return {"mse": error, "kl": cfg.vae_kl * kl}
-    train(run, "vae", [Turn("vae", vae, losses, cfg.vae_learning_rate)], pool,
-          cfg.vae_steps)
+    if cfg.vae_weights:
+        state = read_autoencoder(cfg.vae_weights) | {"scale": vae.scale}
+        fit_weights(vae, state, cfg.vae_weights)
+    else:
+        train(run, "vae", [Turn("vae", vae, losses, cfg.vae_learning_rate)], pool,
+              cfg.vae_steps)
     with torch.no_grad():
         z = vae.encode(pool.rows(torch.arange(min(64, len(pool))))["hq"])
         vae.scale.copy_(z.std().reciprocal())
 
 
-def train_prior(run, prior, pool, watch=None, stage="resshift"):
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def read_autoencoder(path):
+    """An AutoencoderKL's state under today's names of diffusers."""
+    def new(key):
+        return ".".join(OLD_NAMES.get(part, part) for part in key.split("."))
+    return {new(k): v.float() for k, v in read_weights(path).items()}
+
+
+def with_shapes_of(cfg, path):
+    """cfg with the widths, blocks and latent channels of an AutoencoderKL's file."""
+    state = read_autoencoder(path)
+    level = "encoder.down_blocks.{}.resnets.{}.conv1.weight"
+    if level.format(3, 0) not in state or "decoder.conv_in.weight" not in state:
+        raise UserError(f"{path}: no {level.format(3, 0)}: not an f = 8 AutoencoderKL")
+    widths = tuple(state[level.format(i, 0)].shape[0] for i in range(4))
+    blocks = next(i for i in range(1, 99) if level.format(0, i) not in state)
+    return dataclasses.replace(
+        cfg, vae_widths=widths, vae_blocks=blocks, vae_skip=False,
+        latent_channels=state["decoder.conv_in.weight"].shape[1])
+
+
+@torch.no_grad()
+def start_from_stable_diffusion(prior, path, pool):
+    """Start the prior from a UNet2DConditionModel's weights (.safetensors).
+
+    Every key but conv_in and conv_out must fit.  Those two have k channels in the file
+    and C here.  The k principal axes P of HQ latents are the least-squares way from
+    one to the other: conv_in'(y0) = conv_in(P (y0 - mean)), on y0's half of the input,
+    and conv_out' = mean + P^+ conv_out.  For k = C they are taken as they are.  Not
+    in the paper.  Stable Diffusion predicts noise (or v); training turns that into x0.
+    """
+    unet, state = prior.unet, {k: v.float() for k, v in read_weights(path).items()}
+    names = [f"conv_{end}.{kind}" for end in ("in", "out") for kind in
+             ("weight", "bias")]
+    if any(name not in state for name in names):
+        raise UserError(f"{path}: no conv_in and conv_out: not a UNet2DConditionModel")
+    w_in, b_in, w_out, b_out = (state[name].to(device()) for name in names)
+    own = unet.state_dict()
+    fit_weights(unet, state | {name: own[name] for name in names}, path)
+    k, c = w_in.shape[1], unet.conv_out.out_channels
+    z = rearrange(pool.rows(torch.arange(min(256, len(pool))))["z_hq"],
+                  "b c h w -> (b h w) c")
+    mean, down, up = 0 * z[0], torch.eye(c).to(z), torch.eye(c).to(z)
+    if k != c:
+        mean = z.mean(0)
+        variance, axes = torch.linalg.eigh(torch.cov(z.T))
+        std, axes = variance[-k:].sqrt(), axes[:, -k:]         # (k,), (C, k)
+        down, up = (axes / std).T, axes * std                  # P and its inverse
+        print(f"resshift: {path}: {k} channels replaced by {c}, least-squares start")
+    unet.conv_in.weight[:, :c] = 0
+    unet.conv_in.weight[:, c:] = torch.einsum("okxy,kc->ocxy", w_in, down)
+    unet.conv_in.bias.copy_(b_in - torch.einsum("okxy,kc,c->o", w_in, down, mean))
+    unet.conv_out.weight.copy_(torch.einsum("ck,kixy->cixy", up, w_out))
+    unet.conv_out.bias.copy_(up @ b_out + mean)
+
+
+def prior_turns(prior, cfg):
     """E_t || f(x_t, y0, t) - x0 ||^2, t uniform, on the pool's z_hq and z_lq.
 
     The KL weights are left out, as the paper does.  A share cfg.negative of samples
     has the negative prompt and the target y0 (S3Diff's trick; not in ResShift): that
     is what the negative prompt means in the chapters to come.
     """
-    cfg = run.cfg
-
     def losses(batch, rng):
         y0 = batch["z_lq"]
-        t = torch.randint(1, cfg.steps + 1, (len(y0),), generator=rng)
+        t = per_sample(lambda n: torch.randint(1, cfg.steps + 1, (n,), generator=rng),
+                       len(y0))
         prompt, x0 = negatives(batch, "z_hq", "z_lq", rng, cfg)
-        x_t = prior.chain.q_sample(x0, y0, t, noise_like(x0, rng))
+        x_t = prior.chain.q_sample(x0, y0, t, batch_noise(x0, rng))
         return {"mse": F.mse_loss(prior(x_t, y0, t, prompt), x0)}
-    train(run, stage, [Turn("prior", prior, losses, cfg.learning_rate)], pool,
-          cfg.prior_steps, watch)
+    return [Turn("prior", prior, losses, cfg.learning_rate)]
 
 
 def negatives(batch, positive, negative, rng, cfg):
@@ -1421,7 +1621,8 @@ def negatives(batch, positive, negative, rng, cfg):
     batch[negative], elsewhere batch[positive].
     """
     target, size = batch[positive], len(batch[positive])
-    prompt = (torch.rand(size, generator=rng) < cfg.negative).long().to(target.device)
+    draw = per_sample(lambda n: torch.rand(n, generator=rng), size)
+    prompt = (draw < cfg.negative).long().to(target.device)
     chosen = (prompt == NEGATIVE).view(-1, 1, 1, 1)
     return prompt, torch.where(chosen, batch[negative], target)
 
@@ -1454,7 +1655,8 @@ def chapter(run, name, build, teach):
     else:
         teach(model)
         save_weights(model, file)
-        (run.folder / f"{name}.ckpt").unlink(missing_ok=True)
+        if world()[0] == 0:
+            (run.folder / f"{name}.ckpt").unlink(missing_ok=True)
     return model.requires_grad_(False).eval()
 
 
@@ -1483,7 +1685,10 @@ def chapter_one(run, pool, pairs):
                 "bicubic": mean_psnr(lambda p: upsample(p.lq, cfg.scale), pairs[:3])}
 
     def teach(model):
-        train_prior(run, model, pool, lambda: watch(model))
+        if cfg.unet_weights:
+            start_from_stable_diffusion(model, cfg.unet_weights, pool)
+        train(run, "resshift", prior_turns(model, cfg), pool, cfg.prior_steps,
+              lambda: watch(model))
         errors = error_by_time(model, pool, cfg)
         run.log("resshift", cfg.prior_steps,
                 {f"mse at t={i + 1}": e for i, e in enumerate(errors)})
@@ -1503,7 +1708,9 @@ COMPARED = {                             # all with the paper's eta_1 and eta_T
 
 
 def compare(run, pairs, lpips):
-    """One prior a row of COMPARED, all with one budget and seed, on one VAE and pool.
+    """One prior a row of COMPARED, on one VAE and pool, with one budget and seed: all
+    rows start from the same weights and see the same batches, t and noise (T = 4 its
+    own t).
 
     Prints PSNR, SSIM, LPIPS and ms a picture on the held-out photos, and returns the
     table.  Interrupted, it goes on with the row it was in.
@@ -1511,11 +1718,11 @@ def compare(run, pairs, lpips):
     pool = Pool(run.cfg)
     end, table = chapter_end(run, pool), {}
     for i, (name, change) in enumerate(COMPARED.items()):
-        row = copy.copy(run)
-        row.cfg = cfg = dataclasses.replace(run.cfg, eta_1=0.0, eta_T=0.999, **change)
-        stage = f"compare{i}"
-        prior = chapter(row, stage, lambda: ResShift(cfg),
-                        lambda m: train_prior(row, m, pool, stage=stage))
+        row = run.part(f"row{i}", **(dict(eta_1=0.0, eta_T=0.999) | change))
+        cfg = row.cfg
+        prior = chapter(row, "resshift", lambda: ResShift(cfg),
+                        lambda m: train(row, "resshift", prior_turns(m, cfg), pool,
+                                        cfg.prior_steps))
         started = time.time()
         pictures = {p.name: sample(prior, end, p.lq, cfg) for p in pairs}
         each = 1000 * (time.time() - started) / len(pairs)
@@ -1565,6 +1772,12 @@ def mean_psnr(method, pairs):
     """Mean PSNR of method(pair) over held-out pairs, dB."""
     values = [psnr(to_unit(method(p)), to_unit(p.hq)) for p in pairs]
     return torch.cat(values).mean().item()
+
+
+@torch.no_grad()
+def mean_lpips(method, pairs, lpips):
+    """Mean LPIPS of method(pair) over held-out pairs."""
+    return torch.cat([lpips(method(p), p.hq) for p in pairs]).mean().item()
 
 
 @torch.no_grad()
@@ -1642,7 +1855,8 @@ def config_from(args):
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
              if getattr(args, f.name) is not None}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    return dataclasses.replace(preset(args.preset), **given)
+    cfg = dataclasses.replace(preset(args.preset), **given)
+    return with_shapes_of(cfg, cfg.vae_weights) if cfg.vae_weights else cfg
 
 
 def config_of(folder):
@@ -1685,10 +1899,28 @@ def save_picture(y, path, alpha=None):
         raise UserError(f"{path}: cannot write this picture ({error})") from None
 
 
+def join_processes():
+    """Under torchrun: meet the other processes (NCCL, or gloo without a GPU).
+
+    Every process trains on its share of each batch; rank 0 alone speaks and writes.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        if world()[0] > 0:
+            sys.stdout = open(os.devnull, "w")
+
+
 def command_line(main):
     """Run main(); a `UserError` is one line on stderr and exit code 2."""
     try:
-        sys.exit(main())
+        join_processes()
+        code = main()
+        if world()[1] > 1:
+            torch.distributed.destroy_process_group()
+        sys.exit(code)
     except (UserError, OSError, FloatingPointError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -49,6 +49,7 @@ def in_project(monkeypatch):
 
 
 def close(a, b, tolerance=1e-6):
+    """assert_close with one tolerance, absolute and relative."""
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -221,6 +222,125 @@ def test_full_size_has_the_papers_parameter_counts():
     assert added == 32_434_304 and len(names) > 600
 
 
+def test_full_size_has_the_papers_multiply_accumulates():
+    rows = g.counts(r.preset("full"), 512)
+    pix, gendr = rows["GenDR-Pix"], rows["GenDR"]
+    assert round(pix["macs"] / 1e9, 1) == 343.5          # the paper: 344 and 744
+    assert round(pix["guided"] / 1e9, 1) == 743.3
+    assert round(gendr["macs"] / 1e9) == 1284
+    assert round(gendr["guided"] / 1e9) == 1624
+    prompts = 2 * 77 * 1024                              # learned, beside the U-Net
+    assert round((pix["parameters"] - prompts) / 1e6, 2) == 866.99
+
+
+def test_macs_by_hand():
+    conv, linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(6, 7)
+    assert g.macs(lambda: conv(randn(2, 3, 4, 8))) == 2 * 4 * 8 * 3 * 5 * 9
+    assert g.macs(lambda: linear(randn(10, 6))) == 10 * 6 * 7
+    q = randn(1, 2, 9, 4)
+
+    def attend():
+        return F.scaled_dot_product_attention(q, q, q)
+    assert g.macs(attend) == 2 * 2 * 9 * 9 * 4 and g.macs(attend, False) == 0
+
+
+class Latents:
+    """A pool whose HQ latents have variances 1, 4, 9, 16 in four of 16 channels."""
+
+    def __init__(self):
+        self.std, z = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.zeros(64, 16, 8, 8)
+        v = randn(4, 64 * 64)
+        v = v - v.mean(1, keepdim=True)
+        white = torch.linalg.solve(torch.linalg.cholesky(torch.cov(v)), v)
+        z[:, :4] = (self.std[:, None] * white).reshape(4, 64, 8, 8).transpose(0, 1)
+        self.z = z
+
+    def __len__(self):
+        return 64
+
+    def rows(self, index):
+        return {"z_hq": self.z[index]}
+
+
+def diffusers_unet(cfg, channels):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    return wake(diffusers.UNet2DConditionModel(
+        in_channels=channels, out_channels=channels, block_out_channels=cfg.unet_widths,
+        norm_num_groups=cfg.groups, cross_attention_dim=cfg.context_width,
+        layers_per_block=cfg.unet_blocks, use_linear_projection=True,
+        attention_head_dim=tuple(w // cfg.head_width for w in cfg.unet_widths),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))).eval()
+
+
+def test_stable_diffusion_weights_start_the_prior(tmp_path, capsys):
+    cfg = dataclasses.replace(MICRO, shortcut=False, kappa=1.0)
+    pool, t, file = Latents(), torch.tensor([4, 2]), tmp_path / "unet.safetensors"
+    for channels in (16, 4):
+        theirs, prior = diffusers_unet(cfg, channels), r.ResShift(cfg)
+        r.save_weights(theirs, file)
+        r.start_from_stable_diffusion(prior, file, pool)
+        x_t, y0 = randn(2, 16, 8, 8), pool.z[:2]
+
+        def unet(x):
+            context = prior.prompts(r.POSITIVE, 2)
+            return theirs(x, prior.unet_time(t), context).sample
+        with torch.no_grad():
+            out = prior(x_t, y0, t)                  # x_t's half starts at zero
+            if channels == 16:
+                close(out, unet(y0), 1e-5)
+                continue
+            # the axes are the first four channels, each with a sign of its own
+            w = theirs.conv_in.weight
+            ours = prior.unet.conv_in.weight[:, 16:20]
+            std = pool.std.view(4, 1, 1)
+            sign = (ours * w).sum((0, 2, 3)).sign().view(4, 1, 1)
+            close(out[:, :4], std * sign * unet(sign / std * y0[:, :4]), 1e-3)
+            close(out[:, 4:], torch.zeros(2, 12, 8, 8), 1e-3)
+    assert "4 channels replaced by 16, least-squares start" in capsys.readouterr().out
+    state = r.load_file(file)
+    state["mid_block.resnets.0.conv1.weight"] = torch.zeros(1)
+    r.save_file(state, file)
+    with pytest.raises(r.UserError, match="mid_block.resnets.0.conv1.weight is"):
+        r.start_from_stable_diffusion(r.ResShift(cfg), file, pool)
+    r.save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(r.UserError, match="not a UNet2DConditionModel"):
+        r.start_from_stable_diffusion(r.ResShift(cfg), file, pool)
+
+
+def test_an_autoencoders_file_gives_its_widths_and_weights(tmp_path, in_project):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    theirs = wake(diffusers.AutoencoderKL(
+        latent_channels=12, block_out_channels=(8, 8, 12, 16), layers_per_block=2,
+        norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4)).eval()
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    file, state = tmp_path / "vae.safetensors", theirs.state_dict()
+    for names in ({}, old):                          # today's names, and older files'
+        renamed = {}
+        for key, value in state.items():
+            for new, name in names.items():
+                key = key.replace(new, name)
+            renamed[key] = value
+        r.save_file(renamed, file)
+        cfg = r.with_shapes_of(MICRO, file)
+        assert (cfg.vae_widths, cfg.vae_blocks) == ((8, 8, 12, 16), 2)
+        assert cfg.latent_channels == 12 and not cfg.vae_skip
+        run = r.Run(tmp_path / f"run{len(names)}",
+                    dataclasses.replace(cfg, vae_weights=str(file)))
+        vae, pool = r.VAE(run.cfg), r.Pool(run.cfg)
+        r.train_vae(run, vae, pool)
+        hq = pool.rows(torch.arange(4))["hq"]
+        with torch.no_grad():
+            z = theirs.encode(hq).latent_dist.mean
+            close(vae.encode(hq), z / z.std(), 1e-4)
+            close(vae.decode(vae.encode(hq)), theirs.decode(z).sample, 1e-4)
+    del renamed["decoder.conv_out.bias"]
+    r.save_file(renamed, file)
+    with pytest.raises(r.UserError, match="decoder.conv_out.bias is not in the file"):
+        r.train_vae(run, r.VAE(run.cfg), pool)
+
+
 def test_unet_takes_odd_sizes_and_hears_time_and_prompt():
     unet = wake(r.UNet(MICRO, 3, 3))
     x, context = randn(1, 3, 9, 7), randn(1, 2, 8)
@@ -265,7 +385,7 @@ def test_degradation_repeats_under_its_generator():
 def mean_scores(monkeypatch, **ranges):
     base = dataclasses.replace(r.RANGES["mild"], **ranges)
     monkeypatch.setitem(r.RANGES, "mild", base)
-    cfg = dataclasses.replace(MICRO, degradation="mild")
+    cfg = dataclasses.replace(MICRO, ranges="mild")
     scores = [r.degrade(photo(), cfg, rng(s))[1] for s in range(12)]
     return torch.cat(scores).mean(0)
 
@@ -280,6 +400,18 @@ def test_scores_rise_with_blur_and_with_noise(monkeypatch):
     loud = mean_scores(monkeypatch, gaussian=((25, 30), (20, 25)),
                        poisson=((2.5, 3.0), (2.0, 2.5)), **noise)
     assert loud[1] > quiet[1] + 0.1
+
+
+def test_degradation_does_not_shift_the_picture():
+    n = torch.arange(64) - 31.5
+    bump = torch.exp(-(n[:, None] ** 2 + n ** 2) / 200).expand(1, 3, 64, 64)
+    at = torch.arange(16) - 7.5
+    for seed in range(20):
+        lq = r.to_unit(r.degrade(2 * bump - 1, MICRO, rng(seed))[0])[0].mean(0)
+        weight = (lq - 0.3).clamp(min=0)                 # noise stays below
+        weight = weight / weight.sum()
+        assert abs((weight.sum(0) * at).sum()) < 0.25    # LQ pixels
+        assert abs((weight.sum(1) * at).sum()) < 0.25
 
 
 def test_kernels_sum_to_one_and_gaussian_has_its_variance():
@@ -423,7 +555,7 @@ def test_every_stage_overfits_one_batch(stage, loss, steps, factor, tmp_path,
     cfg = dataclasses.replace(
         MICRO, vae_steps=steps, prior_steps=steps, estimator_steps=steps,
         gendr_steps=steps, adc_steps=steps, pix_steps=steps, negative=0.0, log_every=5,
-        save_every=1000, learning_rate=5e-3, student_learning_rate=3e-3,
+        save_every=1000, learning_rate=5e-3, gendr_learning_rate=5e-3, student_learning_rate=3e-3,
         vae_learning_rate=3e-3, ema=0.5)
     run, pool, vae, prior = world(tmp_path, cfg, stage != "resshift")
     play_stage(stage, run, pool, vae, prior)
@@ -431,35 +563,37 @@ def test_every_stage_overfits_one_batch(stage, loss, steps, factor, tmp_path,
     assert last < factor * first
 
 
-def play_stage(stage, run, pool, vae, prior):
+def play_stage(stage, run, pool, vae, prior, at_start=lambda model: None):
     """Train one stage on what the stages before it would hand over; its model."""
     cfg = run.cfg
     if stage == "vae":
         model = r.VAE(cfg)
+        at_start(model)
         r.train_vae(run, model, pool)
         return model
+
+    def taught(model, turns, steps):
+        at_start(model)
+        r.train(run, stage, turns, pool, steps)
+        return model
     if stage == "resshift":
-        r.train_prior(run, prior, pool)
-        return prior
+        return taught(prior, r.prior_turns(prior, cfg), cfg.prior_steps)
     if stage == "estimator":
         model = g.DegradationEstimator(cfg)
-        g.train_estimator(run, model, pool)
-        return model
+        return taught(model, g.estimator_turns(model, cfg), cfg.estimator_steps)
     gendr = g.gendr_from_prior(prior, vae, cfg)
     if stage == "gendr":
-        g.train_gendr(run, gendr, pool, None)
-        return gendr
+        return taught(gendr, g.gendr_turns(prior, gendr, cfg), cfg.gendr_steps)
     gendr.requires_grad_(False)
     pool.columns["z_tea"] = pool.columns["z_hq"]
     adc = g.pixel_input(gendr, cfg, pool.rows(torch.arange(4))["lq_up"])
     if stage == "adc":
-        g.train_adc(run, gendr, adc, pool, None)
-        return adc
+        return taught(adc, g.adc_turns(gendr, adc, cfg), cfg.adc_steps)
     adc.requires_grad_(False)
     pool.add("y_tea", lambda rows: rows["hq"])
     pix = g.pixel_output(adc, cfg, pool.rows(torch.arange(4)))
-    g.train_pix(run, adc, pix, pool, r.Perceptual("alex"), None)
-    return pix
+    turns = g.pix_turns(adc, pix, r.Perceptual("alex"), cfg)
+    return taught(pix, turns, cfg.pix_steps)
 
 
 @pytest.mark.parametrize("stage", ["vae", "resshift", "estimator", "gendr", "adc",
@@ -492,6 +626,100 @@ def test_a_killed_stage_resumes_bit_for_bit(stage, tmp_path, in_project, monkeyp
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
+def test_in_a_turn_only_its_player_gets_gradients(tmp_path, in_project):
+    run, pool, _, _ = world(tmp_path)
+    a, b = nn.Linear(1, 1), nn.Linear(1, 1)
+    b.bias.requires_grad_(False)
+    seen = []
+
+    def losses(name):
+        def run_both(batch, draw):
+            seen.append((name, a.weight.grad is None, b.weight.grad is None,
+                         a.weight.requires_grad, b.weight.requires_grad))
+            return {name: b(a(torch.ones(1, 1))).sum()}
+        return run_both
+    r.train(run, "s", [r.Turn("a", a, losses("a"), 1e-3),
+                       r.Turn("b", b, losses("b"), 1e-3, times=2)], pool, 1)
+    # a plays once, then b twice; a's turn left nothing in b, and b is not a's player
+    assert seen == [("a", True, True, True, False), ("b", False, True, False, True),
+                    ("b", False, False, False, True)]
+    assert a.bias.requires_grad and not b.bias.requires_grad
+
+
+def test_parts_of_a_run_start_alike_under_one_seed(tmp_path, in_project):
+    run, pool, vae, _ = world(tmp_path)
+    draws = []
+
+    def build():
+        draws.append(torch.rand(3))
+        return r.ResShift(MICRO)
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        part = run.part(name, seed=seed, kappa=0.5)
+        r.chapter(part, "resshift", build, lambda m: None)
+        assert part.cfg.kappa == 0.5 and (part.folder / "resshift.safetensors").exists()
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_checkpointing_changes_memory_and_nothing_else():
+    cfg = dataclasses.replace(MICRO, checkpointing=True)
+    plain, thrifty = wake(r.UNet(MICRO, 3, 3)), r.UNet(cfg, 3, 3)
+    thrifty.load_state_dict(plain.state_dict())
+    x, context, peaks = randn(1, 3, 32, 32), randn(1, 2, 8), []
+    for unet in (plain, thrifty):
+        with g.LiveBytes() as live:
+            unet(x, torch.tensor([9]), context).square().mean().backward()
+        peaks.append(live.peak)
+    close(plain.conv_in.weight.grad, thrifty.conv_in.weight.grad, 1e-6)
+    assert peaks[1] < 0.8 * peaks[0]
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
+    """All stages, adversarial ones included, by torch's DistributedDataParallel."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_HOME": "/nonexistent",
+                        "https_proxy": "http://127.0.0.1:9"}
+    here = str(HERE / "test_gendr_pix.py")
+    both = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc_per_node=2", here, str(tmp_path / "two"), "2"]
+    one = [sys.executable, here, str(tmp_path / "one"), "4"]
+    for call in (both, one):
+        done = subprocess.run(call, cwd=HERE, env=env, capture_output=True, text=True,
+                              timeout=280)
+        assert done.returncode == 0, done.stderr[-2000:]
+    for stage in STAGES:
+        two, one = (r.load_file(tmp_path / name / f"{stage}.safetensors")
+                    for name in ("two", "one"))
+        start = r.load_file(tmp_path / "one" / f"{stage}-start.safetensors")
+        assert two.keys() == one.keys()
+        for key in one:
+            close(two[key], one[key], 1e-5)
+        assert any(not torch.allclose(start[k], one[k], atol=1e-4) for k in one)
+
+
+STAGES = ("vae", "resshift", "estimator", "gendr", "adc", "pix")
+
+
+def train_every_stage(folder, batch):
+    """What the two processes of the test above run: three steps of every stage."""
+    r.join_processes()
+    # Adam divides by the gradient's size, so that rounding in a gradient of nearly 0
+    # moves a weight by a part of the learning rate: 3 small steps keep it under 1e-5.
+    cfg = dataclasses.replace(
+        MICRO, batch=batch, pool=8, vae_steps=3, prior_steps=3, gendr_steps=3,
+        estimator_steps=3, adc_steps=3, pix_steps=3, save_every=100, negative=0.3,
+        **{f"{k}learning_rate": 3e-4 for k in ("", "gendr_", "student_", "critic_", "vae_",
+                                               "estimator_", "fake_")})
+    for stage in STAGES:
+        torch.manual_seed(1)
+        run, pool, vae, prior = world(Path(folder) / stage, cfg, stage != "resshift")
+        model = play_stage(stage, run, pool, vae, prior, lambda m: r.save_weights(
+            m, Path(folder) / f"{stage}-start.safetensors"))
+        r.save_weights(model, Path(folder) / f"{stage}.safetensors")
+        if r.world()[0] == 0:
+            run.lock_file.close()
+    if r.world()[1] > 1:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_loss_that_is_not_finite_stops_the_stage_by_name(tmp_path, in_project):
     run, pool, _, _ = world(tmp_path)
     model = nn.Linear(1, 1)
@@ -516,7 +744,7 @@ def test_weights_files_are_checked(tmp_path):
     r.save_weights(model, file)
     twin = r.load_weights(nn.Linear(2, 3), file)
     assert torch.equal(twin.weight, model.weight)
-    with pytest.raises(r.UserError, match="weight does not fit"):
+    with pytest.raises(r.UserError, match=r"weight is \(3, 2\), not \(4, 2\)"):
         r.load_weights(nn.Linear(2, 4), file)
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(r.UserError, match="not a weights file"):
@@ -653,7 +881,145 @@ def test_new_ends_start_near_their_teacher_and_keep_the_size():
     assert not any(p.requires_grad for p in adc.end_out.parameters())
 
 
-# ---- gendr_pix.py, 4: padding, Fourier loss, discriminator ---------------------------
+# ---- gendr_pix.py, 4: score distillation ---------------------------------------------
+
+
+class Line:
+    """Everything is Gaussian in one dimension, so the exact networks are lines.
+
+    Data N(m, s^2), a generator z_g = a u + b, u ~ N(0, 1), the chain's marginal z_t =
+    c z_g + eta y0 + sqrt(n) eps with c = 1 - eta, n = kappa^2 eta.  All losses are
+    quadratic in (u, eps), so the four points (+-1, +-1), whose first and second moments
+    are the Gaussian's, give the exact expectation.
+    """
+    m, s, y0, eta, kappa = 0.7, 0.9, -0.4, 0.3, 1.1
+    c, n = 1 - eta, kappa ** 2 * eta
+    u = torch.tensor([1.0, 1.0, -1.0, -1.0]).double().view(4, 1, 1, 1)
+    eps = torch.tensor([1.0, -1.0, 1.0, -1.0]).double().view(4, 1, 1, 1)
+
+    def exact(self, mean, std):
+        """Slope k and intercept of E[x0 | x_t] for x0 ~ N(mean, std^2)."""
+        k = self.c * std ** 2 / (self.c ** 2 * std ** 2 + self.n)
+        return k, mean - k * (self.c * mean + self.eta * self.y0)
+
+    def scores(self, a, b, psi, z_h=None):
+        """`Scores` of the generator (a, b) with psi exact for another (a, b)."""
+        z_g = a * self.u + b
+        z_t = self.c * z_g + self.eta * self.y0 + self.n ** 0.5 * self.eps
+        real, fake = (k * z_t + i for k, i in (self.exact(self.m, self.s), psi))
+        z_h = torch.full_like(z_g, self.m) if z_h is None else z_h
+        return g.Scores(z_g, z_h, real, real, fake, 1.0)
+
+    def gradient(self, loss, a, b, xi=1.2, z_h=None):
+        """(dL/da, dL/db) by autograd, psi exact for (a, b) and frozen."""
+        at = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (a, b)]
+        loss(self.scores(*at, self.exact(b, a), z_h), xi).backward()
+        return tuple(v.grad.item() for v in at)
+
+
+def test_vsd_gradient_is_that_of_the_kl_divergence():
+    line, a, b = Line(), 0.5, 0.2
+    got = line.gradient(g.vsd_loss, a, b)
+    # KL(N(mu, v) || N(mu*, v*)) of the noised Gaussians, its derivatives by hand, and
+    # the factor kappa^2 eta / (1 - eta)^2 between scores of z_t and clean predictions.
+    v, real = line.c ** 2 * a ** 2 + line.n, line.c ** 2 * line.s ** 2 + line.n
+    factor = line.n / line.c ** 2
+    close(got[0], factor * (1 / real - 1 / v) * line.c ** 2 * a, 1e-9)
+    close(got[1], factor * line.c ** 2 * (b - line.m) / real, 1e-9)
+
+
+@pytest.mark.parametrize("loss", [g.sid_loss, g.cid_loss])
+def test_sid_and_cid_gradients_in_closed_form(loss):
+    line, a, b, xi = Line(), 0.5, 0.2, 1.2
+    (k, i), (k_psi, i_psi) = line.exact(line.m, line.s), line.exact(b, a)
+    q, mu, c = k - k_psi, line.c * b + line.eta * line.y0, line.c
+    gap, at_mean = i - i_psi + q * mu, i + k * mu        # E[f_phi - f_psi], E[f_phi]
+    if loss is g.sid_loss:        # E[gap (f_phi - z_g)] = ... + q k v - q c a^2
+        da = 2 * q * k * c ** 2 * a - 2 * q * c * a
+        db = c * q * (at_mean - b) + gap * (k * c - 1)
+    else:                         # the HQ latent stands still: z_h = m
+        da = 2 * q * k * c ** 2 * a
+        db = c * q * (at_mean - line.m) + gap * k * c
+    da -= 2 * xi * q ** 2 * c ** 2 * a                   # - xi E[gap^2]
+    db -= 2 * xi * gap * q * c
+    got = line.gradient(loss, a, b, xi)
+    close(got[0], da, 1e-9)
+    close(got[1], db, 1e-9)
+
+
+@pytest.mark.parametrize("loss", [g.vsd_loss, g.sid_loss])
+def test_generator_converges_to_the_datas_mean_and_variance(loss):
+    line, a, b = Line(), 0.3, -0.5
+    for _ in range(3000):
+        da, db = line.gradient(loss, a, b, xi=1.0)
+        a, b = a - 0.2 * da, b - 0.2 * db
+    assert abs(a - line.s) < 1e-3 and abs(b - line.m) < 1e-3
+
+
+def test_cid_teaches_a_deterministic_generator_and_can_repel_another():
+    line, b = Line(), -0.5
+    # a = 0: psi is b itself, and for xi = 1 the gradient is c k (b - m): a regression
+    k = line.exact(line.m, line.s)[0]
+    close(line.gradient(g.cid_loss, 0.0, b, 1.0)[1], line.c * k * (b - line.m), 1e-9)
+    for _ in range(300):
+        b -= 0.5 * line.gradient(g.cid_loss, 0.0, b, xi=1.0)[1]
+    assert abs(b - line.m) < 1e-3
+    # With the data's own spread the sign turns: it pushes b = 0.5 away from m = 0.7.
+    assert line.gradient(g.cid_loss, line.s, 0.5, xi=1.0)[1] > 0
+    assert line.gradient(g.sid_loss, line.s, 0.5, xi=1.0)[1] < 0
+
+
+def test_distillation_rests_where_the_two_score_networks_agree():
+    line = Line()
+    for loss in (g.vsd_loss, g.sid_loss, g.cid_loss):
+        close(line.gradient(loss, line.s, line.m), (0.0, 0.0), 1e-9)
+
+
+def test_score_weight_is_sids_normaliser_and_has_no_gradient():
+    z, real = randn(2, 3, 4, 4).requires_grad_(True), randn(2, 3, 4, 4, seed=1)
+    w = g.score_weight(z, real)
+    close(w[1, 0, 0, 0], 1 / (z[1] - real[1]).abs().mean(), 1e-6)
+    assert w.shape == (2, 1, 1, 1) and not w.requires_grad
+
+
+def test_guided_prior_and_fake_score_are_what_they_say():
+    gendr, prior = awake_restorer()
+    fake = g.fake_score_from(prior, MICRO)
+    z, z_h, y0 = (randn(2, 16, 4, 4, seed=s) for s in (1, 2, 3))
+    cfg = dataclasses.replace(MICRO, cid_t_min=2, cid_t_max=2, cid_guidance=1.5)
+    s = g.score(prior, fake, z, z_h, y0, rng(7), cfg)
+    z_t, t = g.noised(prior.chain, z, y0, rng(7), cfg)
+    assert t.tolist() == [2, 2]
+    negative = prior(z_t, y0, t, r.NEGATIVE)
+    close(s.guided, 1.5 * s.real - 0.5 * negative, 1e-4)
+    close(s.fake, s.real, 1e-5)                              # psi starts as phi
+    base = fake.unet.mid_block.resnets[0].conv1.base.weight
+    assert base is prior.unet.mid_block.resnets[0].conv1.weight      # one base network
+    eta = prior.chain.eta[2]                                 # z_t is on the chain
+    noise = (z_t - z - eta * (y0 - z)) / (cfg.kappa * eta.sqrt())
+    assert abs(noise.std().item() - 1) < 0.15
+
+
+def test_gradients_of_a_gendr_step_stay_where_they_belong(tmp_path, in_project):
+    run, pool, vae, prior = world(tmp_path)
+    wake(prior).requires_grad_(False)
+    gendr = g.gendr_from_prior(prior, vae, MICRO)
+    turns = {t.name: t for t in g.gendr_turns(prior, gendr, MICRO)}
+    assert list(turns) == ["generator", "fake score", "discriminator"]
+    own = {n: [p for p in t.module.parameters() if p.requires_grad]
+           for n, t in turns.items()}
+    batch = pool.rows(torch.arange(4))
+    for name, turn in turns.items():
+        with r.frozen([t.module for t in turns.values() if t is not turn]):
+            sum(turn.losses(batch, rng()).values()).backward()
+        for other, parameters in own.items():
+            touched = any(p.grad is not None for p in parameters)
+            assert touched == (other == name), (name, other)
+        assert all(p.grad is None for p in prior.parameters())
+        turn.module.zero_grad(set_to_none=True)
+
+
+# ---- gendr_pix.py, 5: padding, Fourier loss, discriminator ---------------------------
 
 
 def test_rand_pad_keeps_content_and_moves_the_phase():
@@ -720,7 +1086,8 @@ def test_generators_adversarial_step_leaves_no_gradient_in_the_discriminator():
     gendr, _ = awake_restorer()
     critic = g.Discriminator(gendr, MICRO)
     adversary, fake = g.Adversary(critic), randn(2, 16, 4, 4).requires_grad_(True)
-    adversary.generator_loss(fake).backward()
+    with r.frozen([critic]):                                 # as `train` does
+        adversary.generator_loss(fake).backward()
     assert fake.grad.abs().sum() > 0
     assert all(p.grad is None for p in critic.parameters())
     loss = adversary.discriminator_loss(randn(2, 16, 4, 4, seed=1))
@@ -753,7 +1120,7 @@ def test_adversarial_losses_are_the_softplus_formulas():
     close(adversary.discriminator_loss(real), expected, 1e-5)
 
 
-# ---- gendr_pix.py, 5 and 6: negatives, restore ---------------------------------------
+# ---- gendr_pix.py, 6 and 7: negatives, restore ---------------------------------------
 
 
 def test_online_negatives_swap_prompt_and_target_together():
@@ -767,12 +1134,36 @@ def test_online_negatives_swap_prompt_and_target_together():
 def test_restore_keeps_any_size_and_tiles_agree_with_one_piece():
     model, estimator = Blur(), None
     model.lora, model.unet = None, nn.Identity()
+    model.unet.cfg = MICRO
     lq, scores = photo(60)[:, :, :53, :60], torch.zeros(1, 2)
     whole = g.restore(model, estimator, lq, 4, scores=scores)
     assert whole.shape == (1, 3, 212, 240)
     tiled = g.restore(model, estimator, lq, 4, tile=128, scores=scores)
     assert (whole - tiled).abs().max() < 0.05                # only near tile borders
     assert (whole - tiled).abs().mean() < 1e-3
+
+
+def test_restore_does_not_shift_the_picture():
+    model = Blur()
+    model.lora, model.unet = None, nn.Identity()
+    model.unet.cfg = MICRO
+    lq = photo(48) + photo(48).flip(2, 3)
+    up = g.restore(model, None, lq / 2, 4, scores=torch.zeros(1, 2))
+    close(up, up.flip(2, 3), 1e-5)
+
+
+def test_scores_set_by_hand_replace_the_estimators():
+    model, _ = awake_restorer()
+    wake(model.lora)
+    estimator, lq = g.DegradationEstimator(MICRO), photo(16)
+    own = g.restore(model, estimator, lq, 4)
+    close(g.restore(model, estimator, lq, 4, scores=estimator(lq)), own, 1e-5)
+    other = g.restore(model, estimator, lq, 4, scores=torch.tensor([[0.9, 0.1]]))
+    assert not torch.allclose(other, own, atol=1e-3)
+    assert torch.equal(g.score_pair("0.25,1"), torch.tensor([[0.25, 1.0]]))
+    for bad in ("0.5", "a,b", "0.2,1.5"):
+        with pytest.raises(ValueError):
+            g.score_pair(bad)
 
 
 def test_guidance_at_weight_one_is_the_positive_branch_in_latent_space():
@@ -800,6 +1191,77 @@ def test_spearman_and_live_bytes_by_hand():
     with g.LiveBytes() as live, torch.no_grad():
         layer(x)
     assert live.peak == 40                                   # the output, no weights
+
+
+def test_sharpness_of_a_ramp_is_its_slope():
+    slope = 3.0                                              # grey levels a pixel
+    ramp = (slope * torch.arange(32) / 255).expand(1, 3, 32, 32) * 2 - 1
+    close(g.sharpness(ramp), torch.tensor([slope]), 1e-3)
+    close(g.sharpness(ramp.transpose(2, 3)), torch.tensor([slope]), 1e-3)
+    assert g.sharpness(torch.zeros(1, 3, 32, 32)).item() == 0
+
+
+def test_ordered_pairs_counts_what_an_estimator_gets_right():
+    def knowing(lq):
+        """Less gradient: more blur.  More curvature in the calm half: more noise."""
+        curve = (lq[..., 2:] - 2 * lq[..., 1:-1] + lq[..., :-2]).abs().flatten(1)
+        gradient = (lq[..., 1:] - lq[..., :-1]).abs().mean()
+        return torch.stack([-gradient, curve.quantile(0.3)])[None]
+    pairs = r.held_out(dataclasses.replace(MICRO, val_data=str(HERE / "tiny_data/val")))
+    assert g.ordered_pairs(knowing, pairs) == {"blur": 1.0, "noise": 1.0}
+    for wrong in (lambda lq: torch.zeros(1, 2), lambda lq: -knowing(lq)):
+        assert g.ordered_pairs(wrong, pairs) == {"blur": 0, "noise": 0}
+
+
+def test_growth_finds_the_exponents(monkeypatch, capsys):
+    def fake(models, n, details):
+        return {"A": {"ms": 2.0 * n ** 2.4, "bytes": 1e6 * n ** 2}}
+    monkeypatch.setattr(g, "benchmark", fake)
+    found = g.growth({"A": None}, range(256, 513, 128))
+    assert found["A", "ms"] == pytest.approx(1.2, abs=1e-6)
+    assert found["A", "bytes"] == pytest.approx(1.0, abs=1e-6)
+    assert "256^2" in capsys.readouterr().out
+
+
+def test_memory_estimate_of_a_training_step_equals_a_real_one(monkeypatch):
+    no_backbone(monkeypatch)
+    estimate, real = g.training(MICRO), g.training(MICRO, real=True)
+    assert list(estimate) == list(real) == ["resshift", "gendr", "adc", "pix"]
+    for stage in real:
+        assert estimate[stage]["state"] == real[stage]["state"]
+        # attention runs in one piece on the CPU and in several on the meta device
+        ratio = estimate[stage]["activations"] / real[stage]["activations"]
+        assert 0.95 < ratio < 1.25, (stage, ratio)
+    n = sum(p.numel() for p in r.ResShift(MICRO).parameters())
+    assert real["resshift"]["state"] == 4 * 4 * n   # weights, two moments, the average
+
+
+def test_ablation_trains_every_row_and_goes_on_where_it_stopped(tmp_path, in_project,
+                                                                monkeypatch, capsys):
+    no_backbone(monkeypatch)
+    run, _, vae, prior = world(tmp_path, dataclasses.replace(
+        MICRO, ablate_steps=1, prior_steps=1))
+    estimator, hq = g.DegradationEstimator(MICRO).requires_grad_(False), photo(64)
+    pair = r.Held("a", hq, r.degrade(hq, MICRO, rng())[0], None)
+    models = g.Models(vae, prior, estimator, None, None, None)
+    lpips = r.Perceptual("alex")
+    table = g.ablate(run, models, [pair], lpips, seeds=2)
+    assert list(table) == list(g.ABLATED) and all(len(v) == 2 for v in table.values())
+    start, plain = (table[k] for k in list(table)[:2])
+    assert start[0] == start[1] and plain[0] != start[0]     # no steps: no seed in it
+    assert json.loads((run.folder / "ablate.json").read_text()) == table
+    monkeypatch.setattr(g, "train", None)                    # nothing is left to train
+    assert g.ablate(run, models, [pair], lpips, seeds=2) == table
+    assert all(name in capsys.readouterr().out for name in g.ABLATED)
+
+
+def test_the_figure_of_scores_draws_a_grid(tmp_path):
+    model, _ = awake_restorer()
+    hq = photo(64)
+    pair = r.Held("a", hq, r.degrade(hq, MICRO, rng())[0], None)
+    g.draw_scores(model, g.DegradationEstimator(MICRO), pair, MICRO, tmp_path / "s.png")
+    array = np.array(Image.open(tmp_path / "s.png").convert("RGB"))
+    assert array.shape[1] > 800 and array.std() > 20
 
 
 # ---- the commands --------------------------------------------------------------------
@@ -936,3 +1398,7 @@ def test_importing_does_nothing_visible(tmp_path):
     done = command("-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); "
                    "import gendr_pix", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == "" and not list(tmp_path.iterdir())
+
+
+if __name__ == "__main__":
+    train_every_stage(sys.argv[1], int(sys.argv[2]))
