@@ -1,16 +1,19 @@
 """GenDR-Pix: one-step super-resolution without a VAE, from its ancestors up.
 
-Chapter 2 turns the T-step prior of `resshift.py` into a one-step restorer with S3Diff's
-degradation-guided LoRA (GenDR); chapter 3 replaces its VAE encoder by pixel-unshuffle
-(GenDR-Adc), chapter 4 its decoder by pixel-shuffle (GenDR-Pix).  Each chapter's model
-is the next chapter's teacher, its starting point and its critic.
+Chapter 2 turns the T-step prior of `resshift.py` into a one-step restorer (GenDR) with
+S3Diff's degradation-guided LoRA and GenDR's score distillation (CiD); chapter 3
+replaces its VAE encoder by pixel-unshuffle (GenDR-Adc), chapter 4 its decoder by
+pixel-shuffle (GenDR-Pix).  Each chapter's model is the next chapter's teacher, its
+starting point and its critic.
 
 Papers: GenDR-Pix, arXiv 2602.10630; GenDR, 2503.06790; S3Diff, 2409.17058;
-        ResShift, 2307.12348.
+        ResShift, 2307.12348; SiD (score identity distillation), 2404.04057.
 
     python gendr_pix.py --train --tiny              all chapters; 10 minutes, 2 cores
     python gendr_pix.py --tiny --input lq.png --output up.png
     python gendr_pix.py --tiny --eval               the table once more
+    python gendr_pix.py --ablate --tiny             GenDR's variants, 3 seeds
+    python gendr_pix.py --bench --full              counts, time, memory at full size
 
 The first ends in:  PASS: runs/tiny, 10.0 minutes on cpu, 2 threads, seed 0
 
@@ -43,13 +46,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from resshift import (
-    NEGATIVE, POSITIVE, VAE, Perceptual, PixelShuffle, Pool, Prompts, ResShift, Run,
-    Turn, UserError, autocast, batch_noise, blur, chapter, chapter_one, check_config,
-    check_output, command_line, config_from, config_parser, degrade, device, evaluate,
-    from_pil, frozen, gaussian_kernel, held_out, load_chapter_one, load_weights, luma,
-    mean_lpips, mean_psnr, negatives, noise_like, open_picture, pad_to, per_sample,
-    print_table, prior_turns, sample, save_picture, to_pil, to_unit, train, upsample,
-    world, write_file)
+    NEGATIVE, POSITIVE, VAE, Config, Perceptual, PixelShuffle, Pool, Prompts,
+    ResShift, Run, Turn, UserError, autocast, batch_noise, blur, chapter,
+    chapter_one, check_config, check_output, command_line, config_from,
+    config_parser, degrade, device, evaluate, from_pil, frozen, gaussian_kernel,
+    given_numbers, held_out, load_chapter_one, load_weights, luma, mean_lpips,
+    mean_psnr, negatives, noise_like, open_picture, pad_to, per_sample, print_table,
+    prior_turns, sample, save_picture, to_pil, to_unit, train, train_prior,
+    upsample, world, write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
 
@@ -417,7 +421,7 @@ def pixel_output(teacher, cfg, rows=None):
 # ---- 4. Many steps into one (read) -- GenDR: VSD, SiD, CiD ---------------------------
 
 
-class Scores(NamedTuple):
+class Predictions(NamedTuple):
     """Five clean latents of one batch, all (B, C, h, w), and the weight w (B, 1, 1, 1).
 
     z_g = G(z_l); z_h the HQ latent; at z_t, the noised z_g: `real` = f_phi(z_t),
@@ -435,9 +439,10 @@ class Scores(NamedTuple):
 def vsd_loss(s, xi):
     """VSD: w < sg(f_psi - f_phi), z_g >, the mean over elements; sg: no gradient.
 
-    The value means nothing.  Autograd gives dL/dz_g = w (f_psi - f_phi), which is the
-    gradient of KL(q_g,t || q_data,t) up to a factor of t alone, since on this chain
-    score = ((1 - eta_t) f + eta_t y0 - x_t) / (kappa^2 eta_t).  xi is not used.
+    The value means nothing.  Autograd gives dL/dz_g = w (f_psi - f_phi), in expectation
+    the gradient of KL(q_g,t || q_data,t) up to w and a factor of t, since on this chain
+    score = ((1 - eta_t) f + eta_t y0 - x_t) / (kappa^2 eta_t).  xi is not used; w and
+    the unguided phi are chosen to differ from SiD in one line (not in the paper).
     """
     return (s.weight * (s.fake - s.real).detach() * s.z_g).mean()
 
@@ -446,7 +451,8 @@ def sid_loss(s, xi):
     """SiD (2404.04057): w < f_phi - f_psi, f_phi - z_g > - xi w || f_phi - f_psi ||^2.
 
     Autograd goes through z_g and, by way of z_t, through both networks, whose weights
-    are frozen.  With the exact psi the expectation is (1 - xi) w || f_phi - f_psi ||^2.
+    are frozen.  With the exact psi and a fixed w the expectation is
+    (1 - xi) w || f_phi - f_psi ||^2.
     """
     gap = s.real - s.fake
     return (s.weight * (gap * (s.real - s.z_g) - xi * gap ** 2)).mean()
@@ -471,7 +477,7 @@ def cid_loss(s, xi):
 DISTILL = {"none": None, "vsd": vsd_loss, "sid": sid_loss, "cid": cid_loss}
 
 
-def score_weight(z_g, real):
+def normaliser(z_g, real):
     """SiD's normaliser w = 1 / mean |z_g - f_phi| of each sample, without gradient."""
     return 1 / (z_g - real).detach().abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
 
@@ -488,16 +494,17 @@ def noised(chain, z_g, y0, rng, cfg):
     return chain.q_sample(z_g, y0, t, batch_noise(z_g, rng)), t
 
 
-def score(prior, fake_score, z_g, z_h, y0, rng, cfg):
-    """All of `Scores` at one random t a sample; y0 conditions both networks.
+def predict(prior, fake_score, z_g, z_h, y0, rng, cfg):
+    """All of `Predictions` at one random t a sample; y0 conditions both networks.
 
     f_phi^cfg = f_neg + w (f_pos - f_neg), the prior under its two prompts.
     """
     z_t, t = noised(prior.chain, z_g, y0, rng, cfg)
-    real, negative = prior(z_t, y0, t), prior(z_t, y0, t, NEGATIVE)
+    # In float: autocast's bfloat16 would drown small differences of predictions.
+    real, negative, fake = (f.float() for f in (
+        prior(z_t, y0, t), prior(z_t, y0, t, NEGATIVE), fake_score(z_t, y0, t)))
     guided = negative + cfg.cid_guidance * (real - negative)
-    return Scores(z_g, z_h, real, guided, fake_score(z_t, y0, t),
-                  score_weight(z_g, real))
+    return Predictions(z_g, z_h, real, guided, fake, normaliser(z_g, real))
 
 
 def fake_score_from(prior, cfg):
@@ -621,9 +628,15 @@ class Adversary:
 
 
 def estimator_turns(estimator, cfg):
-    """The two scores by regression on the strengths that `degrade` knows."""
+    """The two scores by regression on the strengths that `degrade` knows.
+
+    Each batch is turned and mirrored: neither changes blur or noise.
+    """
     def losses(batch, rng):
-        return {"scores": F.mse_loss(estimator(batch["lq"]), batch["scores"])}
+        mirror, turn = (torch.randint(n, (), generator=rng).item() for n in (2, 4))
+        lq = batch["lq"].flip(3) if mirror else batch["lq"]
+        guess = estimator(torch.rot90(lq, turn, (2, 3)))
+        return {"scores": F.mse_loss(guess, batch["scores"])}
     return [Turn("estimator", estimator, losses, cfg.estimator_learning_rate)]
 
 
@@ -631,14 +644,18 @@ def gendr_turns(prior, student, cfg):
     """Chapter 2: || z_g - z_h ||^2 + l1 CiD + l2 softplus(-D(z_g)), online negatives.
 
     G (`student`) is trained; phi (`prior`) is frozen; psi is trained on G's outputs,
-    cfg.fake_steps times for each step of G; D has heads on phi's features.  Whoever is
-    not at play is frozen in that turn.  GenDR's CiDA is these without the regression
-    (S3Diff's), plus REPA, which needs a pretrained DINOv2 and is left out.
-    Weights l1 = lambda_cid, l2 = lambda_cid_adv: not in the paper.
+    cfg.fake_steps times for each step of G; D has heads on the features of phi's first
+    step, which sees clean latents (not in the paper).  Whoever is not at play is frozen
+    in that turn.  GenDR's CiDA is these without the regression (S3Diff's), plus REPA,
+    which needs a pretrained DINOv2 and is left out.  The few outputs under the negative
+    prompt go to CiD and D like all others.  l1 = lambda_cid, l2 = lambda_cid_adv: not
+    in the paper.
     """
-    made = {}
-    distill, fake_score = DISTILL[cfg.distill], fake_score_from(prior, cfg)
-    critic = Discriminator(one_step(prior, student.end_in), cfg)
+    made = {}                                # G's turn leaves its output for psi's
+    distill = DISTILL[cfg.distill]
+    fake_score = fake_score_from(prior, cfg) if distill else None
+    critic = (Discriminator(one_step(prior, student.end_in), cfg)
+              if cfg.lambda_cid_adv else None)
     adversary = Adversary(critic)
 
     def generator(batch, rng):
@@ -648,9 +665,9 @@ def gendr_turns(prior, student, cfg):
         made["z_g"] = z_g.detach()
         losses = {"mse": F.mse_loss(z_g, target)}
         if distill:
-            s = score(prior, fake_score, z_g, z_h, z_l, rng, cfg)
+            s = predict(prior, fake_score, z_g, z_h, z_l, rng, cfg)
             losses[cfg.distill] = cfg.lambda_cid * distill(s, cfg.xi)
-        if cfg.lambda_cid_adv:
+        if critic:
             losses["adv"] = cfg.lambda_cid_adv * adversary.generator_loss(z_g)
         return losses
 
@@ -664,7 +681,7 @@ def gendr_turns(prior, student, cfg):
     if distill:
         turns.append(Turn("fake score", fake_score, fake, cfg.fake_learning_rate,
                           cfg.fake_steps))
-    if cfg.lambda_cid_adv:
+    if critic:
         turns.append(Turn("discriminator", critic, discriminator,
                           cfg.critic_learning_rate))
     return turns
@@ -897,7 +914,8 @@ def parts_of(model, size, scores):
 def macs(function, attention=True):
     """Multiply-accumulates of function()'s convolutions and matrix products.
 
-    attention=False leaves out q k^T and the product with v (batched products).
+    attention=False leaves out q k^T and the product with v (batched products).  For
+    the meta device: the CPU's fused attention is one operation that nobody counts.
     """
     with FlopCounterMode(display=False) as counter:
         function()
@@ -976,34 +994,36 @@ def print_counts(rows, size):
 
 @torch.no_grad()
 def benchmark(models, size, details=True):
-    """{name: {"ms", "bytes", "parameters", "share"}}: one and two passes, size x size.
+    """{name: {"ms", "bytes", "parameters"}} of one pass at size x size, LoRA folded.
 
-    The LoRA is folded, as in `restore`.  models: GenDR, GenDR-Adc, GenDR-Pix.  With
-    details: the share of each part in one pass's time, and for GenDR-Pix the pass with
-    its LoRA unfolded, and the folding itself.
+    models: GenDR, GenDR-Adc, GenDR-Pix.  With details: a row for two passes as well,
+    the "share" of each part in one pass's time, and the milliseconds of a pass with
+    its LoRA unfolded and of the folding itself.
     """
     x = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     x, scores, rows = (2 * x - 1).to(device()), torch.zeros(1, 2, device=device()), {}
     for name, model in models.items():
-        cfg = model.unet.cfg
-        with autocast(cfg):
-            fold(model, scores)
-            parameters = parameters_used(model, x, scores)
-            for label, weight in ((name, 1), (name + " guided", 1.07)):  # any w but 1
-                def run():
-                    return model(x, scores) if weight == 1 else guided(
-                        model, x, scores, weight)
-                ms, peak = measure(run)
-                rows[label] = {"ms": ms, "bytes": peak, "parameters": parameters}
-            if details:
-                parts = {k: measure(f)[0] for k, f in
-                         parts_of(model, size, scores).items()}
-                rows[name]["share"] = {k: v / sum(parts.values())
-                                       for k, v in parts.items()}
-                rows[name]["fold ms"] = measure(lambda: fold(model, scores))[0]
-                unfold(model)
-                rows[name]["unfolded ms"] = measure(lambda: model(x, scores))[0]
+        def cast(function):
+            def run():
+                with autocast(model.unet.cfg):
+                    function()
+            return run
+        fold(model, scores)
+        parameters = parameters_used(model, x, scores)
+        passes = {name: lambda: model(x, scores)}
+        if details:
+            passes[name + " guided"] = lambda: guided(model, x, scores, 1.07)
+        for label, function in passes.items():
+            ms, peak = measure(cast(function))
+            rows[label] = {"ms": ms, "bytes": peak, "parameters": parameters}
+        if details:
+            parts = {k: measure(cast(f))[0] for k, f in
+                     parts_of(model, size, scores).items()}
+            rows[name]["share"] = {k: v / sum(parts.values()) for k, v in parts.items()}
+            rows[name]["fold ms"] = measure(lambda: fold(model, scores))[0]
             unfold(model)
+            rows[name]["unfolded ms"] = measure(cast(passes[name]))[0]
+        unfold(model)
     return rows
 
 
@@ -1048,30 +1068,36 @@ def growth(models, sizes):
 
 
 def stage_turns(cfg):
-    """{stage: its turns} of chapters 1 to 4 on untrained networks, for `training`."""
+    """(stage, its turns, all networks in memory), chapters 1 to 4, for `training`."""
     vae, prior = VAE(cfg).requires_grad_(False), ResShift(cfg)
     with torch.device("cpu"):
         lpips = Perceptual(cfg.lpips_net)
     lpips, vae, prior = (m.to(device()) for m in (lpips, vae, prior))
-    yield "resshift", prior_turns(prior, cfg)
+    alive = [lpips, vae, prior]
+    yield "resshift", prior_turns(prior, cfg), alive
     prior.requires_grad_(False)
     gendr = gendr_from_prior(prior, vae, cfg)
-    yield "gendr", gendr_turns(prior, gendr, cfg)
+    alive.append(gendr)
+    yield "gendr", gendr_turns(prior, gendr, cfg), alive
     adc = pixel_input(gendr.requires_grad_(False), cfg)
-    yield "adc", adc_turns(gendr, adc, cfg)
+    alive.append(adc)
+    yield "adc", adc_turns(gendr, adc, cfg), alive
     pix = pixel_output(adc.requires_grad_(False), cfg)
-    yield "pix", pix_turns(adc, pix, lpips, cfg)
+    alive.append(pix)
+    yield "pix", pix_turns(adc, pix, lpips, cfg), alive
 
 
 def training(cfg, real=False):
-    """Bytes of one training step of each stage: {stage: {"state", "activations"}}.
+    """Bytes of one training step of each big stage: {stage: {"state", "activations"}}.
 
-    state: the weights of every network at play, and for what is trained its gradients,
-    AdamW's two moments, and the average.  activations: the largest peak of a turn's
-    forward and backward pass, gradients included, counted on the meta device in fp32,
-    an upper bound for bf16 autocast.  real: on this device and with numbers instead,
-    optimizer step included.
+    The VAE's and the estimator's own stages, which are smaller, are left out.  state:
+    the weights of every network in memory (those of earlier chapters stay), and for
+    what is trained AdamW's two moments, and the average.  activations: the largest peak
+    of a turn's forward and backward pass, gradients included.  All in fp32 and without
+    computing anything, on the meta device; bf16 autocast halves most activations and
+    adds copies of the weights.  real: the same count while this device computes.
     """
+    cfg = dataclasses.replace(cfg, space="latent")
     rows, rng = {}, torch.Generator().manual_seed(0)
     n, c, hw, lw = cfg.batch, cfg.latent_channels, cfg.crop // 8, cfg.crop // cfg.scale
     shapes = {"hq": (3, cfg.crop, cfg.crop), "lq_up": (3, cfg.crop, cfg.crop),
@@ -1080,14 +1106,13 @@ def training(cfg, real=False):
     where = device() if real else torch.device("meta")
     with torch.device(where):
         stages = stage_turns(cfg)
-        while stage := next(stages, None):
-            name, turns = stage
+        for name, turns, alive in stages:
             weights, trained = {}, 0
             for turn in turns:
                 turn.start(cfg)
                 trained += sum(p.numel() for p in turn.parameters)
-                weights |= {id(p): p.numel() for m in networks(turn)
-                            for p in m.parameters()}
+                modules = (*alive, turn.module, *getattr(turn.module, "backbone", ()))
+                weights |= {id(p): p.numel() for m in modules for p in m.parameters()}
             batch = {k: torch.rand(n, *shape) for k, shape in shapes.items()}
             peaks = []
             for turn in turns:
@@ -1104,22 +1129,10 @@ def training(cfg, real=False):
     return rows
 
 
-def networks(turn):
-    """All modules that a turn's losses reach: its own, and those they close over."""
-    seen = [turn.module]
-    for cell in turn.losses.__closure__ or ():
-        value = cell.cell_contents
-        if isinstance(value, Adversary):
-            value = nn.ModuleList([*value.discriminator.backbone, value.discriminator])
-        if isinstance(value, nn.Module):
-            seen.append(value)
-    return seen
-
-
 def print_training(rows, cfg, real):
     """The table of `training`, in GB."""
-    how = f"measured on {device()}" if real else "estimate, activations in fp32"
-    print(f"\none training step, batch {cfg.batch}, crop {cfg.crop}, {how}")
+    how = f"really taken on {device()}" if real else "estimate"
+    print(f"\none training step, batch {cfg.batch}, crop {cfg.crop}, fp32, {how}")
     print(f"{'stage':10s} {'state GB':>9s} {'activations GB':>15s} {'sum GB':>8s}")
     for name, row in rows.items():
         a, b = row["state"] / 1e9, row["activations"] / 1e9
@@ -1214,7 +1227,7 @@ def draw_scores(model, estimator, pair, cfg, file, crop=160):
              f"estimated: {guess[0]:.2f}, {guess[1]:.2f}": own}
 
     def show(axis, y, title):
-        top, side = ((n - crop) // 2 for n in y.shape[2:])
+        top, side = (max(0, n - crop) // 2 for n in y.shape[2:])
         axis.imshow(to_pil(y[:, :, top:top + crop, side:side + crop]))
         axis.set(xticks=[], yticks=[])
         axis.set_title(title, fontsize=13)
@@ -1353,11 +1366,12 @@ def train_all(run, pairs, lpips):
     cfg, pool = run.cfg, Pool(run.cfg)
     end, prior = chapter_one(run, pool, pairs)
 
-    def stage(name, build, turns, steps, watch=None):
+    def stage(name, build, turns, steps, pool=pool, watch=None):
         return chapter(run, name, build, lambda m: train(
             run, name, turns(m), pool, steps, watch and (lambda: watch(m))))
     estimator = stage("estimator", lambda: DegradationEstimator(cfg),
-                      lambda m: estimator_turns(m, cfg), cfg.estimator_steps)
+                      lambda m: estimator_turns(m, cfg), cfg.estimator_steps,
+                      pool.with_batch(cfg.estimator_batch))
     pool.add("estimate", lambda rows: estimator(rows["lq"]))
     watch = watcher(prior, end, estimator, pairs, lpips, cfg)
 
@@ -1366,13 +1380,13 @@ def train_all(run, pairs, lpips):
         most = max(1, 128 ** 3 // cfg.crop ** 2)
         return pool.rows(torch.arange(min(len(pool), most)))
     gendr = stage("gendr", lambda: gendr_from_prior(prior, end, cfg),
-                  lambda m: gendr_turns(prior, m, cfg), cfg.gendr_steps, watch)
+                  lambda m: gendr_turns(prior, m, cfg), cfg.gendr_steps, watch=watch)
     pool.add("z_tea", lambda rows: gendr.step(rows["z_lq"], rows["estimate"]))
     adc = stage("adc", lambda: pixel_input(gendr, cfg, some()["lq_up"]),
-                lambda m: adc_turns(gendr, m, cfg), cfg.adc_steps, watch)
+                lambda m: adc_turns(gendr, m, cfg), cfg.adc_steps, watch=watch)
     pool.add("y_tea", lambda rows: end.decode(rows["z_tea"]))
     pix = stage("pix", lambda: pixel_output(adc, cfg, some()),
-                lambda m: pix_turns(adc, m, lpips, cfg), cfg.pix_steps, watch)
+                lambda m: pix_turns(adc, m, lpips, cfg), cfg.pix_steps, watch=watch)
     return Models(end, prior, estimator, gendr, adc, pix)
 
 
@@ -1391,7 +1405,7 @@ def watcher(prior, end, estimator, pairs, lpips, cfg):
                 | figures("prior", lambda p: sample(prior, end, p.lq, cfg)))
 
     def watch(model):
-        now = figures("its", lambda p: restore(model, estimator, p.lq, cfg.scale))
+        now = figures("val", lambda p: restore(model, estimator, p.lq, cfg.scale))
         return now | fixed()
     return watch
 
@@ -1459,46 +1473,50 @@ def report(folder, cfg, models, pairs, lpips, size=512):
     return passed
 
 
-REGRESSION = dict(distill="none", lambda_cid_adv=0.0)
+def variant(adapter="guided", distill="none", adversary=False, **change):
+    """What a row of ABLATED changes: all that rows differ in, whatever the run has."""
+    return dict(adapter=adapter, distill=distill, eta_1=0.0, eta_T=0.999,
+                lambda_cid_adv=Config.lambda_cid_adv if adversary else 0.0,
+                negative=Config.negative) | change
+
+
 ABLATED = {                              # chapter 2: what of GenDR does what
-    "no LoRA: the frozen prior": REGRESSION | dict(adapter="plain", gendr_steps=0),
-    "plain LoRA (M = I)": REGRESSION | dict(adapter="plain"),
-    "guided LoRA": REGRESSION,
-    "guided LoRA, no negatives": REGRESSION | dict(negative=0.0),
-    "full fine-tuning": REGRESSION | dict(adapter="full"),
-    "guided LoRA + VSD": dict(distill="vsd", lambda_cid_adv=0.0),
-    "guided LoRA + SiD": dict(distill="sid", lambda_cid_adv=0.0),
-    "guided LoRA + CiD": dict(distill="cid", lambda_cid_adv=0.0),
-    "guided LoRA + CiD + adv.": {},
+    "no LoRA: the frozen prior": variant("plain", gendr_steps=0),
+    "plain LoRA (M = I)": variant("plain"),
+    "guided LoRA": variant(),
+    "guided LoRA, no negatives": variant(negative=0.0),
+    "full fine-tuning": variant("full"),
+    "guided LoRA + VSD": variant(distill="vsd"),
+    "guided LoRA + SiD": variant(distill="sid"),
+    "guided LoRA + CiD": variant(distill="cid"),
+    "guided LoRA + CiD + adv.": variant(distill="cid", adversary=True),
 }
 
 
 def ablate(run, models, pairs, lpips, seeds=3):
-    """A GenDR a row of ABLATED and a seed, on the run's VAE and estimator.
+    """A GenDR a row of ABLATED and a seed, on a finished run's VAE and estimator.
 
     The prior is trained anew with the paper's eta_1, whatever the run has: only a prior
     that looks at x_t has scores to distil.  All rows have one budget, cfg.ablate_steps,
-    and the same seeds: start and batches.  Prints mean and spread (standard deviation) over the seeds, writes ablate.json.
-    Interrupted, it goes on with the row it was in.
+    and the same seeds: start and batches.  Prints mean and standard deviation over the
+    seeds, and writes table.json.  Interrupted, it goes on with the row it was in.
     """
     m, cfg, pool, table = models, run.cfg, Pool(run.cfg), {}
     pool.add("z_hq", lambda rows: m.end.encode(rows["hq"]))
     pool.add("z_lq", lambda rows: m.end.encode(rows["lq_up"]))
     pool.add("estimate", lambda rows: m.estimator(rows["lq"]))
-    part = run.part("ablate/prior", eta_1=0.0, eta_T=0.999)
-    prior = chapter(part, "resshift", lambda: ResShift(part.cfg),
-                    lambda p: train(part, "resshift", prior_turns(p, part.cfg), pool,
-                                    part.cfg.prior_steps))
+    first = run.part("prior", eta_1=0.0, eta_T=0.999)
+    prior = chapter(first, "resshift", lambda: ResShift(first.cfg),
+                    lambda p: train_prior(first, p, pool))
     for name, change in ABLATED.items():
         slug = "".join(c if c.isalnum() else "-" for c in name)
         for seed in range(seeds):
-            part = run.part(f"ablate/{slug}-{seed}", **(dict(
-                eta_1=0.0, eta_T=0.999, gendr_steps=cfg.ablate_steps, seed=seed)
-                | change))
-            model = chapter(part, "gendr", lambda: gendr_from_prior(prior, m.end,
-                                                                    part.cfg),
-                            lambda g: train(part, "gendr", gendr_turns(
-                                prior, g, part.cfg), pool, part.cfg.gendr_steps))
+            part = run.part(f"{slug}-{seed}", **(
+                dict(gendr_steps=cfg.ablate_steps, seed=seed) | change))
+            model = chapter(
+                part, "gendr", lambda: gendr_from_prior(prior, m.end, part.cfg),
+                lambda g: train(part, "gendr", gendr_turns(prior, g, part.cfg), pool,
+                                part.cfg.gendr_steps))
             found = evaluate(
                 {w: lambda p, w=w: restore(model, m.estimator, p.lq, cfg.scale, w)
                  for w in (1.0, cfg.guidance)}, pairs, lpips)
@@ -1507,7 +1525,7 @@ def ablate(run, models, pairs, lpips, seeds=3):
                                           found[1.0]["pictures"]]).mean().item()
             row |= {f"{k} w": found[cfg.guidance][k] for k in ("psnr", "lpips")}
             table.setdefault(name, []).append(row)
-    write_file(run.folder / "ablate.json", json.dumps(table, indent=1))
+    write_file(run.folder / "table.json", json.dumps(table, indent=1))
     print_ablation(table, lpips.name, cfg)
     return table
 
@@ -1557,15 +1575,17 @@ def score_pair(text):
     return torch.tensor([values])
 
 
-def bench(args, cfg):
+def run_bench(args, cfg):
     """--bench: counts, then time and memory of the preset; with --train, its memory."""
+    check_config(cfg, data=False)
     if args.train:
         print_training(training(cfg, args.real), cfg, args.real)
         return
     print_counts(counts(cfg, args.size), args.size)
     models = untrained(cfg)
-    for model in models.values():
-        fast(model, args.compile)
+    if args.compile:
+        for model in models.values():
+            fast(model, compiled=True)
     print_benchmark(benchmark(models, args.size), args.size)
     if args.size >= 512:
         growth(models, range(256, args.size + 1, 128))
@@ -1605,18 +1625,19 @@ def main():
         restore_file(args, folder)
         return 0
     if args.bench:
-        bench(args, config_from(args))
+        run_bench(args, config_from(args))
         return 0
     if args.ablate or args.figure:
         cfg, models = load_all(folder)
         pairs = held_out(cfg)
         if args.figure:
-            draw_scores(models.pix, models.estimator, pairs[1], cfg,
+            draw_scores(models.pix, models.estimator, pairs[-1], cfg,
                         f"{folder}/scores.png")
             print(f"{folder}/scores.png")
         else:
-            ablate(Run(folder, cfg), models, pairs,
-                   Perceptual(cfg.lpips_net).to(device()))
+            run = Run(folder, cfg).part("ablate", **given_numbers(args))
+            check_config(run.cfg)
+            ablate(run, models, pairs, Perceptual(cfg.lpips_net).to(device()))
         return 0
     if not (args.train or args.eval):
         parser.error("nothing to do: --train, --eval, --bench, --ablate, --figure, or "

@@ -82,6 +82,7 @@ class Config:
     fake_rank: int = 64                  # GenDR's rank for the score networks' LoRA
     adapter: str = "guided"              # GenDR's LoRA: "guided", "plain", or "full"
     estimator_width: int = 48
+    estimator_batch: int = 32
     # training
     batch: int = 16
     learning_rate: float = 1e-4          # of the prior
@@ -139,8 +140,8 @@ PRESETS = {
         vae_groups=8, lora_rank=16, estimator_width=16, batch=8, warmup=20, ema=0.99,
         learning_rate=5e-4, gendr_learning_rate=1e-3, student_learning_rate=3e-4,
         critic_learning_rate=1e-3, fake_rank=16, fake_learning_rate=1e-3,
-        vae_learning_rate=1e-3, estimator_learning_rate=2e-3, vae_crop=64,
-        vae_steps=100, prior_steps=500, estimator_steps=5000, gendr_steps=300,
+        vae_learning_rate=1e-3, estimator_learning_rate=3e-3, vae_crop=64,
+        vae_steps=100, prior_steps=500, estimator_steps=2500, gendr_steps=300,
         adc_steps=150, pix_steps=150, ablate_steps=100, lpips_net="alex",
         precision="fp32", save_every=100, log_every=100),
     "full": dict(
@@ -165,27 +166,6 @@ def preset(name):
 def noise_like(x, rng):
     """N(0, I) in x's shape from a CPU generator, so that all devices draw alike."""
     return torch.randn(x.shape, generator=rng).to(x)
-
-
-def world():
-    """(rank of this process, number of processes): (0, 1) unless under torchrun."""
-    d = torch.distributed
-    return (d.get_rank(), d.get_world_size()) if d.is_initialized() else (0, 1)
-
-
-def per_sample(draw, count):
-    """This process's share of draw(n), n the samples of all processes together.
-
-    With it N processes see what one process with N times the batch would see.
-    """
-    rank, size = world()
-    return draw(size * count)[rank * count:(rank + 1) * count]
-
-
-def batch_noise(x, rng):
-    """N(0, I) in the shape of a training batch x, drawn for all processes."""
-    return per_sample(lambda n: torch.randn(n, *x.shape[1:], generator=rng),
-                      len(x)).to(x)
 
 
 class ResidualShift:
@@ -476,18 +456,12 @@ class UNet(nn.Module):
             nn.init.zeros_(self.conv_out.weight)
             nn.init.zeros_(self.conv_out.bias)
 
-    def layer(self, block, i, h, emb, context):
-        """Residual block i of a level and its transformer, if the level has any.
-
-        cfg.checkpointing: keep only h, and compute the inside again in the backward
-        pass.  Time for memory.
-        """
-        def run(h, emb, context):
-            h = block.resnets[i](h, emb)
-            return block.attentions[i](h, context) if block.attentions else h
+    def call(self, module, *inputs):
+        """module(*inputs); with cfg.checkpointing only the inputs are kept, and the
+        inside is computed again in the backward pass: time for memory."""
         if self.cfg.checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, h, emb, context, use_reentrant=False)
-        return run(h, emb, context)
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
 
     def encode(self, x, t, context):
         """The half before the skips return: (features, skips, time embedding)."""
@@ -495,8 +469,10 @@ class UNet(nn.Module):
         h = self.conv_in(x)                                    # (B, w0, h, w)
         skips = [h]
         for block in self.down_blocks:
-            for i in range(len(block.resnets)):
-                h = self.layer(block, i, h, emb, context)
+            for i, resnet in enumerate(block.resnets):
+                h = self.call(resnet, h, emb)
+                if block.attentions:
+                    h = self.call(block.attentions[i], h, context)
                 skips.append(h)
             for down in block.downsamplers:
                 h = down(h)                                    # (B, wi, h/2^i, w/2^i)
@@ -508,9 +484,10 @@ class UNet(nn.Module):
     def forward(self, x, t, context):
         h, skips, emb = self.encode(x, t, context)
         for block in self.up_blocks:
-            for i in range(len(block.resnets)):
-                h = torch.cat([h, skips.pop()], dim=1)
-                h = self.layer(block, i, h, emb, context)
+            for i, resnet in enumerate(block.resnets):
+                h = self.call(resnet, torch.cat([h, skips.pop()], dim=1), emb)
+                if block.attentions:
+                    h = self.call(block.attentions[i], h, context)
             for up in block.upsamplers:
                 h = up(h, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(h)))    # (B, out, h, w)
@@ -1093,6 +1070,27 @@ def autocast(cfg):
     return torch.autocast(device().type, dtype=torch.bfloat16, enabled=on)
 
 
+def world():
+    """(rank of this process, number of processes): (0, 1) unless under torchrun."""
+    d = torch.distributed
+    return (d.get_rank(), d.get_world_size()) if d.is_initialized() else (0, 1)
+
+
+def per_sample(draw, count):
+    """This process's share of draw(n), n the samples of all processes together.
+
+    With it N processes see what one process with N times the batch would see.
+    """
+    rank, size = world()
+    return draw(size * count)[rank * count:(rank + 1) * count]
+
+
+def batch_noise(x, rng):
+    """N(0, I) in the shape of a training batch x, drawn for all processes."""
+    return per_sample(lambda n: torch.randn(n, *x.shape[1:], generator=rng),
+                      len(x)).to(x)
+
+
 class Pool:
     """Degraded pairs, made once: `hq`, `lq` (uint8) and `scores`, plus what is added.
 
@@ -1129,6 +1127,12 @@ class Pool:
         """cfg.batch random rows, others in every process."""
         return self.rows(per_sample(
             lambda n: torch.randint(len(self), (n,), generator=rng), self.cfg.batch))
+
+    def with_batch(self, size):
+        """The same pool, dealt in batches of another size."""
+        other = copy.copy(self)
+        other.cfg = dataclasses.replace(self.cfg, batch=size)
+        return other
 
     @torch.no_grad()
     def add(self, name, function):
@@ -1210,7 +1214,7 @@ def held_out(cfg, folder=None):
 class Run:
     """A folder runs/NAME that one process at a time may write."""
 
-    def __init__(self, folder, cfg):
+    def __init__(self, folder, cfg, lock=True):
         self.folder, self.cfg = Path(folder), cfg
         if world()[0] > 0:                                     # rank 0 alone writes
             return
@@ -1218,12 +1222,13 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot write there ({error})") from None
-        self.lock()
+        if lock:
+            self.lock()
         settings = json.loads(json.dumps(dataclasses.asdict(cfg)))
         file = self.folder / "config.json"
         if file.exists() and json.loads(file.read_text()) != settings:
             old = json.loads(file.read_text())
-            names = [k for k in settings if old.get(k) != settings[k]]
+            names = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
             raise UserError(f"{folder} was trained with another {', '.join(names)}; "
                             "choose another --run or remove it")
         write_file(file, json.dumps(settings, indent=1))
@@ -1246,11 +1251,8 @@ class Run:
         A stage's seed comes from its name and cfg.seed alone, so that the same stage
         in two parts starts from the same weights and sees the same batches.
         """
-        part = copy.copy(self)
-        part.folder = self.folder / name
-        part.cfg = dataclasses.replace(self.cfg, **change)
-        part.folder.mkdir(parents=True, exist_ok=True)
-        return part
+        return Run(self.folder / name, dataclasses.replace(self.cfg, **change),
+                   lock=False)
 
     def forget(self, stage, step):
         """Drop a stage's rows of log.csv after `step`: a resumed stage writes anew."""
@@ -1274,7 +1276,7 @@ class Run:
             rows.writerows([stage, step, k, f"{v:.6g}"] for k, v in values.items())
 
 
-def check_config(cfg):
+def check_config(cfg, data=True):
     """Refuse, before anything is written, what would fail in the middle of a run."""
     wrong = [
         (cfg.adapter not in ("guided", "plain", "full"),
@@ -1293,7 +1295,8 @@ def check_config(cfg):
     for bad, rule in wrong:
         if bad:
             raise UserError(rule)
-    picture_files(cfg.train_data)
+    if data:
+        picture_files(cfg.train_data)
 
 
 def write_file(path, data):
@@ -1320,7 +1323,7 @@ def read_weights(path):
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such weights; train first") from None
+        raise UserError(f"{path}: no such file; is the run trained?") from None
     except Exception as error:                                 # truncated, not ours
         raise UserError(f"{path}: not a weights file ({error})") from None
 
@@ -1472,7 +1475,7 @@ def train(run, stage, turns, pool, steps, watch=None):
         for k, v in losses.items():
             mean.setdefault(k, []).append(v)
         done = step + 1
-        if done % cfg.log_every == 0 or done == steps:
+        if done % max(cfg.log_every, steps // 10) == 0 or done == steps:
             values = {k: torch.stack(v).mean().item() for k, v in mean.items()}
             ema.swap()
             values |= watch() if watch and world()[0] == 0 else {}
@@ -1550,15 +1553,19 @@ def read_autoencoder(path):
 
 
 def with_shapes_of(cfg, path):
-    """cfg with the widths, blocks and latent channels of an AutoencoderKL's file."""
+    """cfg with the widths, blocks and latent channels of an AutoencoderKL's file.
+
+    No shape tells the number of GroupNorm's groups: it is 32, diffusers' default.
+    """
     state = read_autoencoder(path)
     level = "encoder.down_blocks.{}.resnets.{}.conv1.weight"
-    if level.format(3, 0) not in state or "decoder.conv_in.weight" not in state:
-        raise UserError(f"{path}: no {level.format(3, 0)}: not an f = 8 AutoencoderKL")
+    for key in ("decoder.conv_in.weight", *(level.format(i, 0) for i in range(4))):
+        if key not in state:
+            raise UserError(f"{path}: no {key}: not an f = 8 AutoencoderKL")
     widths = tuple(state[level.format(i, 0)].shape[0] for i in range(4))
     blocks = next(i for i in range(1, 99) if level.format(0, i) not in state)
     return dataclasses.replace(
-        cfg, vae_widths=widths, vae_blocks=blocks, vae_skip=False,
+        cfg, vae_widths=widths, vae_blocks=blocks, vae_skip=False, vae_groups=32,
         latent_channels=state["decoder.conv_in.weight"].shape[1])
 
 
@@ -1612,6 +1619,14 @@ def prior_turns(prior, cfg):
         x_t = prior.chain.q_sample(x0, y0, t, batch_noise(x0, rng))
         return {"mse": F.mse_loss(prior(x_t, y0, t, prompt), x0)}
     return [Turn("prior", prior, losses, cfg.learning_rate)]
+
+
+def train_prior(run, prior, pool, watch=None):
+    """`prior_turns` from a random start, or from the file cfg.unet_weights."""
+    cfg = run.cfg
+    if cfg.unet_weights:
+        start_from_stable_diffusion(prior, cfg.unet_weights, pool)
+    train(run, "resshift", prior_turns(prior, cfg), pool, cfg.prior_steps, watch)
 
 
 def negatives(batch, positive, negative, rng, cfg):
@@ -1685,10 +1700,7 @@ def chapter_one(run, pool, pairs):
                 "bicubic": mean_psnr(lambda p: upsample(p.lq, cfg.scale), pairs[:3])}
 
     def teach(model):
-        if cfg.unet_weights:
-            start_from_stable_diffusion(model, cfg.unet_weights, pool)
-        train(run, "resshift", prior_turns(model, cfg), pool, cfg.prior_steps,
-              lambda: watch(model))
+        train_prior(run, model, pool, lambda: watch(model))
         errors = error_by_time(model, pool, cfg)
         run.log("resshift", cfg.prior_steps,
                 {f"mse at t={i + 1}": e for i, e in enumerate(errors)})
@@ -1721,13 +1733,13 @@ def compare(run, pairs, lpips):
         row = run.part(f"row{i}", **(dict(eta_1=0.0, eta_T=0.999) | change))
         cfg = row.cfg
         prior = chapter(row, "resshift", lambda: ResShift(cfg),
-                        lambda m: train(row, "resshift", prior_turns(m, cfg), pool,
-                                        cfg.prior_steps))
+                        lambda m: train_prior(row, m, pool))
+        sample(prior, end, pairs[0].lq, cfg)                   # a warm-up
         started = time.time()
-        pictures = {p.name: sample(prior, end, p.lq, cfg) for p in pairs}
+        pictures = {p.name: sample(prior, end, p.lq, cfg).cpu() for p in pairs}
         each = 1000 * (time.time() - started) / len(pairs)
         label = f"{name:28s} {each:6.0f} ms"
-        table |= evaluate({label: lambda p: pictures[p.name]}, pairs, lpips)
+        table |= evaluate({label: lambda p: pictures[p.name].to(p.hq)}, pairs, lpips)
     table |= evaluate({f"{'bicubic':38s}": lambda p: upsample(p.lq, run.cfg.scale)},
                       pairs, lpips)
     print_table(table, lpips.name)
@@ -1850,21 +1862,32 @@ def config_parser(description):
     return parser
 
 
-def config_from(args):
-    """The `Config` of parsed arguments: default < preset < explicit flag."""
+def given_numbers(args):
+    """{name: value} of the `Config` flags on the command line."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
              if getattr(args, f.name) is not None}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    cfg = dataclasses.replace(preset(args.preset), **given)
-    return with_shapes_of(cfg, cfg.vae_weights) if cfg.vae_weights else cfg
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+
+
+def config_from(args):
+    """The `Config` of parsed arguments: default < preset < VAE's file < flag."""
+    cfg, given = preset(args.preset), given_numbers(args)
+    if "vae_weights" in given:
+        cfg = with_shapes_of(cfg, given["vae_weights"])
+    return dataclasses.replace(cfg, **given)
 
 
 def config_of(folder):
     """The `Config` that a run was trained with."""
+    file = Path(folder) / "config.json"
     try:
-        values = json.loads((Path(folder) / "config.json").read_text())
+        values = json.loads(file.read_text())
     except OSError:
         raise UserError(f"{folder}: no run here; train first") from None
+    names = {f.name for f in dataclasses.fields(Config)}
+    if values.keys() != names:
+        raise UserError(f"{file}: another version's settings: "
+                        f"{', '.join(sorted(values.keys() ^ names))}")
     return Config(**{k: tuple(v) if isinstance(v, list) else v
                      for k, v in values.items()})
 
