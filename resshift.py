@@ -1073,7 +1073,8 @@ def autocast(cfg):
 def world():
     """(rank of this process, number of processes): (0, 1) unless under torchrun."""
     d = torch.distributed
-    return (d.get_rank(), d.get_world_size()) if d.is_initialized() else (0, 1)
+    joined = d.is_available() and d.is_initialized()
+    return (d.get_rank(), d.get_world_size()) if joined else (0, 1)
 
 
 def per_sample(draw, count):

@@ -1258,7 +1258,7 @@ def test_ablation_trains_every_row_and_goes_on_where_it_stopped(tmp_path, in_pro
     monkeypatch.setattr(g, "train", None)                    # nothing is left to train
     assert g.ablate(run, models, [pair], lpips, seeds=2) == table
     printed = capsys.readouterr().out
-    assert all(printed.count(f"\n{name} ") == 2 for name in g.ABLATED)
+    assert all(printed.count(f"\n{name:26s} ") == 2 for name in g.ABLATED)
 
 
 def test_the_figure_of_scores_draws_a_grid(tmp_path):
