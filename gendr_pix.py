@@ -51,7 +51,8 @@ from resshift import (
     chapter_one, check_config, check_output, command_line, config_from,
     config_parser, degrade, device, evaluate, from_pil, frozen, gaussian_kernel,
     given_numbers, held_out, load_chapter_one, load_weights, luma, mean_lpips,
-    mean_psnr, negatives, noise_like, open_picture, pad_to, per_sample, print_table,
+    mean_psnr, negatives, noise_like, open_picture, pad_to, per_sample, place,
+    print_table,
     prior_turns, sample, save_picture, to_pil, to_unit, train, train_prior,
     upsample, world, write_file)
 
@@ -175,45 +176,46 @@ class LoRALayer(nn.Module):
             (self.base.weight,), self.plain = self.plain, None
 
 
-def add_lora(unet, rank):
-    """Put a `LoRALayer` around every target layer of a U-Net; returns their names.
+def add_lora(network, rank):
+    """Put a `LoRALayer` around every target layer of a network; returns their names.
 
     Targets: all attention projections, feed-forward layers and convolutions but
-    conv_in and the time layers: 257 layers at full size.  Until someone sets their
-    matrices, M is the identity: a plain LoRA.
+    conv_in and the time layers: 257 layers of the U-Net at full size.  Until someone
+    sets their matrices, M is the identity: a plain LoRA.
     """
-    names = [name for name, layer in unet.named_modules()
+    names = [name for name, layer in network.named_modules()
              if isinstance(layer, (nn.Conv2d, nn.Linear))
              and "time_emb" not in name and name != "conv_in"]
     for name in names:
         parent, _, child = name.rpartition(".")
-        setattr(unet.get_submodule(parent), child,
-                LoRALayer(unet.get_submodule(name), rank))
+        setattr(network.get_submodule(parent), child,
+                LoRALayer(network.get_submodule(name), rank))
     return names
 
 
 class DegradationLoRA(nn.Module):
-    """Adds a LoRA to a U-Net and sets its matrices M from the degradation's scores.
+    """Adds a LoRA to a network and sets its matrices M from the degradation's scores.
 
-    All layers of a block share its M; the blocks are the down blocks, mid, the up
-    blocks, and conv_out.
+    network: a U-Net, or the VAE's encoder.  All layers of a block share its M; the
+    blocks are the down blocks, mid, the U-Net's up blocks, and conv_out: 10 and 6.
     """
 
-    def __init__(self, unet, cfg):
+    def __init__(self, network, rank):
         super().__init__()
-        blocks = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
+        ups = getattr(network, "up_blocks", ())
+        blocks = [f"down_blocks.{i}" for i in range(len(network.down_blocks))]
         blocks += ["mid_block"]
-        blocks += [f"up_blocks.{i}" for i in range(len(unet.up_blocks))] + ["conv_out"]
+        blocks += [f"up_blocks.{i}" for i in range(len(ups))] + ["conv_out"]
         self.block_of = {                        # layer name -> index of its block
             name: next(i for i, b in enumerate(blocks) if name.startswith(b))
-            for name in add_lora(unet, cfg.lora_rank)}
-        self.embed = ScoreEmbedding(len(blocks), cfg.lora_rank)
+            for name in add_lora(network, rank)}
+        self.embed = ScoreEmbedding(len(blocks), rank)
 
-    def set(self, unet, scores):
+    def set(self, network, scores):
         """Give every layer its M for these scores (B, 2)."""
         matrices = self.embed(scores)                          # (B, blocks, r, r)
         for name, block in self.block_of.items():
-            unet.get_submodule(name).matrix = matrices[:, block]
+            network.get_submodule(name).matrix = matrices[:, block]
 
 
 def lora_layers(module):
@@ -223,22 +225,21 @@ def lora_layers(module):
 
 @torch.no_grad()
 def fold(model, scores):
-    """Merge a `Restorer`'s LoRA for one image's scores (1, 2): the plain U-Net runs.
+    """Merge a `Restorer`'s LoRA for one image's scores (1, 2): plain networks run.
 
     W' = W + s B M^T A costs one small product a layer, once an image.  Undo: `unfold`.
     """
     if len(scores) != 1:
         raise ValueError(f"fold takes the scores of one image, got {len(scores)}")
     unfold(model)
-    if model.lora is not None:
-        model.lora.set(model.unet, scores)
-    for layer in lora_layers(model.unet):
+    model.guide(scores)
+    for layer in lora_layers(model):
         layer.fold()
 
 
 def unfold(model):
     """Restore the weights from before `fold`, exactly."""
-    for layer in lora_layers(model.unet):
+    for layer in lora_layers(model):
         layer.unfold()
 
 
@@ -252,26 +253,48 @@ class Restorer(nn.Module):
     scores (B, 2); the result has lq_up's shape and is not clamped.  It predicts the
     clean picture.  `shortcut` maps the encoded input to the output space and is added
     to the U-Net's output (small presets; not in the paper); None at full size.
+    `lora` guides the U-Net, `end_lora` the VAE encoder in end_in, if there are any.
     """
 
-    def __init__(self, end_in, unet, end_out, prompts=None, lora=None, shortcut=None):
+    def __init__(self, end_in, unet, end_out, prompts=None, shortcut=None):
         super().__init__()
         self.end_in, self.unet, self.end_out = end_in, unet, end_out
         self.prompts = prompts or Prompts(unet.cfg)
-        self.lora, self.shortcut = lora, shortcut
+        self.lora, self.end_lora, self.shortcut = None, None, shortcut
 
-    def step(self, h, scores, prompt=POSITIVE):
-        """The U-Net at the last timestep, on what end_in gives; for end_out."""
-        folded = any(layer.plain is not None for layer in lora_layers(self.unet))
-        if self.lora is not None and not folded:
+    def guide(self, scores):
+        """Set every M for these scores; nothing to do where the LoRA is folded."""
+        if any(layer.plain is not None for layer in lora_layers(self)):
+            return
+        if self.lora is not None:
             self.lora.set(self.unet, scores)
+        if self.end_lora is not None:
+            self.end_lora.set(self.end_in.encoder, scores)
+
+    def step(self, h, prompt=POSITIVE):
+        """The U-Net at the last timestep, on what end_in gives; for end_out.
+
+        `guide` comes first.
+        """
         t = torch.full((len(h),), 999.0, device=h.device)
         out = self.unet(h, t, self.prompts(prompt, len(h)))
         return out if self.shortcut is None else out + self.shortcut(h)
 
     def forward(self, lq_up, scores, prompt=POSITIVE):
+        self.guide(scores)
         h = self.end_in.encode(lq_up)                          # (B, C, H/8, W/8)
-        return self.end_out.decode(self.step(h, scores, prompt))
+        return self.end_out.decode(self.step(h, prompt))
+
+    def latent(self, batch, prompt=POSITIVE):
+        """z of a training batch, before end_out.
+
+        The VAE's latent of the LQ picture comes from the pool, unless a LoRA changes
+        the encoder.
+        """
+        self.guide(batch["estimate"])
+        pooled = isinstance(self.end_in, VAE) and self.end_lora is None
+        h = batch["z_lq"] if pooled else self.end_in.encode(batch["lq_up"])
+        return self.step(h, prompt)
 
     def copy(self, share=False):
         """A copy, independent or (share) around the same parameter tensors.
@@ -303,7 +326,7 @@ def one_step(prior, vae):
     unet.conv_in.weight.copy_(s * old.weight[:, :c] + old.weight[:, c:])
     unet.conv_in.bias.copy_(old.bias)
     unet.conv_in.requires_grad_(False)
-    return Restorer(vae, unet, vae, prior.prompts, None,
+    return Restorer(vae, unet, vae, prior.prompts,
                     nn.Identity() if prior.shortcut else None)
 
 
@@ -312,6 +335,8 @@ def gendr_from_prior(prior, vae, cfg):
 
     cfg.adapter: "guided" (S3Diff's LoRA, M from the scores), "plain" (M = I), or
     "full" (no LoRA: a copy of all weights).  Always trained: conv_in, the prompts.
+    With cfg.vae_lora_rank a guided LoRA on the VAE's encoder as well: then latents of
+    LQ pictures cannot be pooled.
     """
     model = one_step(prior, vae)
     model.prompts = copy.deepcopy(prior.prompts).requires_grad_(True)
@@ -320,7 +345,10 @@ def gendr_from_prior(prior, vae, cfg):
     elif cfg.adapter == "plain":
         add_lora(model.unet, cfg.lora_rank)
     else:
-        model.lora = DegradationLoRA(model.unet, cfg)
+        model.lora = DegradationLoRA(model.unet, cfg.lora_rank)
+        if cfg.vae_lora_rank:
+            model.end_in = share_copy(vae)
+            model.end_lora = DegradationLoRA(model.end_in.encoder, cfg.vae_lora_rank)
     model.unet.conv_in.requires_grad_(True)
     return model.to(device())
 
@@ -362,23 +390,25 @@ def new_conv(old, in_channels=None, out_channels=None):
 
 
 @torch.no_grad()
-def pixel_input(teacher, cfg, lq_up=None):
+def pixel_input(teacher, cfg, rows=None):
     """Stage I's student: the teacher with pixel-unshuffle in place of its encoder.
 
-    conv_in (192 channels) and the shortcut start by least squares on lq_up:
-    conv_in'(unshuffle(x)) near conv_in(encode(x)), shortcut'(unshuffle(x)) near
-    shortcut(encode(x)).  Not in the paper; cfg.least_squares off: torch's start.
-    Without lq_up only the structure is built, for weights to be loaded into.
+    conv_in (192 channels) and the shortcut start by least squares on rows {"lq_up",
+    "estimate"}: conv_in'(unshuffle(x)) near conv_in(encode(x)), shortcut'(unshuffle(x))
+    near shortcut(encode(x)).  Not in the paper; cfg.least_squares off: torch's start.
+    Without rows only the structure is built, for weights to be loaded into.
     """
     student = teacher.copy()
+    student.end_lora = None
     end = student.end_in = PixelShuffle(teacher.end_in.factor)
     student.end_out = teacher.end_out                          # the same frozen VAE
     student.unet.conv_in = new_conv(teacher.unet.conv_in, in_channels=end.channels)
     if cfg.shortcut:
         student.shortcut = nn.Conv2d(end.channels, teacher.end_out.channels, 1)
     student.to(device())
-    if lq_up is not None and cfg.least_squares:
-        x, z = end.encode(lq_up), teacher.end_in.encode(lq_up)
+    if rows is not None and cfg.least_squares:
+        teacher.guide(rows["estimate"])
+        x, z = (e.encode(rows["lq_up"]) for e in (end, teacher.end_in))
         fit_conv(student.unet.conv_in, x, teacher.unet.conv_in(z))
         if cfg.shortcut:
             fit_conv(student.shortcut, x, teacher.shortcut(z))
@@ -410,7 +440,8 @@ def pixel_output(teacher, cfg, rows=None):
         h, seen = student.end_in.encode(rows["lq_up"]), []
         hook = teacher.unet.conv_out.register_forward_pre_hook(
             lambda _, x: seen.append(x[0]))
-        teacher.step(h, rows["estimate"])
+        teacher.guide(rows["estimate"])
+        teacher.step(h)
         hook.remove()
         fit_conv(conv, seen[0], end.encode(rows["y_tea"]) - (h if cfg.shortcut else 0))
     student.unet.conv_out = (LoRALayer(conv, cfg.lora_rank)
@@ -661,7 +692,7 @@ def gendr_turns(prior, student, cfg):
     def generator(batch, rng):
         z_l, z_h = batch["z_lq"], batch["z_hq"]
         prompt, target = negatives(batch, "z_hq", "z_lq", rng, cfg)
-        z_g = student.step(z_l, batch["estimate"], prompt)
+        z_g = student.latent(batch, prompt)
         made["z_g"] = z_g.detach()
         losses = {"mse": F.mse_loss(z_g, target)}
         if distill:
@@ -699,8 +730,7 @@ def adc_turns(teacher, student, cfg):
 
     def generator(batch, rng):
         prompt, target = negatives(batch, "z_tea", "z_lq", rng, cfg)
-        h = student.end_in.encode(batch["lq_up"])
-        z = student.step(h, batch["estimate"], prompt)
+        z = student.latent(batch, prompt)
         return {"l1": F.l1_loss(z, target),
                 "adv": cfg.lambda_adv * adversary.generator_loss(z)}
 
@@ -764,10 +794,11 @@ def guided(restorer, x, scores, weight):
     """
     if isinstance(restorer.end_out, PixelShuffle):
         return pad_cfg(restorer, x, scores, weight)
+    restorer.guide(scores)
     h = restorer.end_in.encode(x)
-    negative = restorer.step(h, scores, NEGATIVE)
+    negative = restorer.step(h, NEGATIVE)
     return restorer.end_out.decode(
-        negative + weight * (restorer.step(h, scores, POSITIVE) - negative))
+        negative + weight * (restorer.step(h, POSITIVE) - negative))
 
 
 @torch.no_grad()
@@ -904,10 +935,11 @@ def parameters_used(model, x, scores):
 def parts_of(model, size, scores):
     """{"end in", "U-Net", "end out": function of nothing} of one pass, size x size."""
     x = torch.zeros(1, 3, size, size, device=device())
+    model.guide(scores)
     h = model.end_in.encode(x)
-    z = model.step(h, scores)
+    z = model.step(h)
     return {"end in": lambda: model.end_in.encode(x),
-            "U-Net": lambda: model.step(h, scores),
+            "U-Net": lambda: model.step(h),
             "end out": lambda: model.end_out.decode(z)}
 
 
@@ -925,7 +957,7 @@ def macs(function, attention=True):
 
 
 def untrained(cfg):
-    """{name: Restorer} of a preset with random weights, the LoRA folded at (0, 0).
+    """{name: Restorer} of a preset with random weights.
 
     Time, memory and counts do not depend on the weights.  Inside `with torch.device(
     "meta")` nothing is allocated, and counting takes seconds at full size.
@@ -935,19 +967,7 @@ def untrained(cfg):
     gendr = gendr_from_prior(prior.to(device()), vae.to(device()), cfg)
     adc = pixel_input(gendr, cfg)
     models = {"GenDR": gendr, "GenDR-Adc": adc, "GenDR-Pix": pixel_output(adc, cfg)}
-    for model in models.values():
-        fast(model.requires_grad_(False).eval())
-        fold(model, torch.zeros(1, 2, device=device()))
-    return models
-
-
-def fast(model, compiled=False):
-    """On CUDA: channels_last weights, and the U-Net compiled if asked for."""
-    if device().type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
-    if compiled:
-        model.unet.compile()
-    return model
+    return {k: place(m.requires_grad_(False).eval()) for k, m in models.items()}
 
 
 @torch.no_grad()
@@ -961,6 +981,7 @@ def counts(cfg, size):
     with torch.device("meta"):
         scores = torch.zeros(1, 2)
         for name, model in untrained(cfg).items():
+            fold(model, scores)
             pixel = isinstance(model.end_out, PixelShuffle)
 
             def count(n):
@@ -1381,8 +1402,8 @@ def train_all(run, pairs, lpips):
         return pool.rows(torch.arange(min(len(pool), most)))
     gendr = stage("gendr", lambda: gendr_from_prior(prior, end, cfg),
                   lambda m: gendr_turns(prior, m, cfg), cfg.gendr_steps, watch=watch)
-    pool.add("z_tea", lambda rows: gendr.step(rows["z_lq"], rows["estimate"]))
-    adc = stage("adc", lambda: pixel_input(gendr, cfg, some()["lq_up"]),
+    pool.add("z_tea", gendr.latent)
+    adc = stage("adc", lambda: pixel_input(gendr, cfg, some()),
                 lambda m: adc_turns(gendr, m, cfg), cfg.adc_steps, watch=watch)
     pool.add("y_tea", lambda rows: end.decode(rows["z_tea"]))
     pix = stage("pix", lambda: pixel_output(adc, cfg, some()),
@@ -1415,8 +1436,8 @@ def load_all(folder):
     cfg, end, prior = load_chapter_one(folder)
 
     def load(name, model):
-        model = load_weights(model.to(device()), Path(folder) / f"{name}.safetensors")
-        return fast(model.requires_grad_(False).eval())
+        model = load_weights(model, Path(folder) / f"{name}.safetensors")
+        return place(model.requires_grad_(False).eval())
     estimator = load("estimator", DegradationEstimator(cfg))
     gendr = load("gendr", gendr_from_prior(prior, end, cfg))
     adc = load("adc", pixel_input(gendr, cfg))
@@ -1560,7 +1581,7 @@ def restore_file(args, folder):
     alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
     weight = 1.0 if passes == 1 else args.guidance or cfg.guidance
     if args.compile:
-        fast(m.pix, compiled=True)
+        m.pix.unet.compile()
     scores = args.degradation.to(device()) if args.degradation is not None else None
     y = restore(m.pix, m.estimator, lq, cfg.scale, weight, args.tile, scores)
     save_picture(y, args.output, alpha)
@@ -1585,7 +1606,7 @@ def run_bench(args, cfg):
     models = untrained(cfg)
     if args.compile:
         for model in models.values():
-            fast(model, compiled=True)
+            model.unet.compile()
     print_benchmark(benchmark(models, args.size), args.size)
     if args.size >= 512:
         growth(models, range(256, args.size + 1, 128))

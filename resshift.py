@@ -79,6 +79,7 @@ class Config:
     vae_groups: int = 32
     vae_skip: bool = True                # linear skip around encoder and decoder
     lora_rank: int = 32
+    vae_lora_rank: int = 0               # of GenDR's VAE encoder; 0: frozen
     fake_rank: int = 64                  # GenDR's rank for the score networks' LoRA
     adapter: str = "guided"              # GenDR's LoRA: "guided", "plain", or "full"
     estimator_width: int = 48
@@ -147,7 +148,7 @@ PRESETS = {
     "full": dict(
         crop=512, pool=4096, unet_widths=(320, 640, 1280, 1280), context_width=1024,
         vae_widths=(128, 128, 256, 512), vae_skip=False, shortcut=False, batch=8,
-        checkpointing=True,
+        checkpointing=True, vae_lora_rank=16,
         learning_rate=1e-5, gendr_learning_rate=1e-5,
         vae_learning_rate=1e-4, vae_crop=256, vae_steps=500_000, prior_steps=500_000,
         estimator_steps=20_000, gendr_steps=100_000, adc_steps=100_000,
@@ -506,8 +507,9 @@ class Prompts(nn.Module):
 
     def forward(self, prompt, batch):
         """prompt: POSITIVE, NEGATIVE or a (B,) tensor of them -> (B, tokens, width)."""
-        prompt = torch.as_tensor(prompt, device=self.table.device).expand(batch)
-        return self.table[prompt]
+        if isinstance(prompt, int):              # no copy to a GPU to wait for
+            return self.table[prompt].expand(batch, -1, -1)
+        return self.table[prompt.to(self.table.device)]
 
 
 # ---- 4. The two kinds of ends (read) -- VAE, or pixel-(un)shuffle -------------------
@@ -1092,6 +1094,13 @@ def batch_noise(x, rng):
                       len(x)).to(x)
 
 
+def place(model):
+    """The model on `device()`; on a GPU its convolutions' weights in channels_last."""
+    if device().type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(device())
+
+
 class Pool:
     """Degraded pairs, made once: `hq`, `lq` (uint8) and `scores`, plus what is added.
 
@@ -1664,7 +1673,7 @@ def chapter(run, name, build, teach):
     depend on which chapters before it were trained or loaded.
     """
     torch.manual_seed(stage_seed(run.cfg, name, 0))
-    model, file = build().to(device()), run.folder / f"{name}.safetensors"
+    model, file = place(build()), run.folder / f"{name}.safetensors"
     if file.exists():
         load_weights(model, file)
         print(f"{name}: loaded")
@@ -1898,9 +1907,8 @@ def load_chapter_one(folder):
     cfg, folder = config_of(folder), Path(folder)
     end = build_end(cfg)
     if cfg.space == "latent":
-        load_weights(end, folder / "vae.safetensors").to(device())
-        end.requires_grad_(False)
-    prior = load_weights(ResShift(cfg), folder / "resshift.safetensors").to(device())
+        place(load_weights(end, folder / "vae.safetensors")).requires_grad_(False)
+    prior = place(load_weights(ResShift(cfg), folder / "resshift.safetensors"))
     return cfg, end, prior.requires_grad_(False)
 
 
