@@ -52,9 +52,8 @@ from resshift import (
     config_parser, degrade, device, evaluate, from_pil, frozen, gaussian_kernel,
     given_numbers, held_out, load_chapter_one, load_weights, luma, mean_lpips,
     mean_psnr, negatives, noise_like, open_picture, pad_to, per_sample, place,
-    print_table,
-    prior_turns, sample, save_picture, to_pil, to_unit, train, train_prior,
-    upsample, world, write_file)
+    print_table, prior_turns, sample, save_picture, to_pil, to_unit, train,
+    train_prior, upsample, world, write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
 
@@ -163,12 +162,12 @@ class LoRALayer(nn.Module):
     @torch.no_grad()
     def fold(self):
         """W' = W + s B M^T A, for the one image that `matrix` belongs to."""
-        a = self.A.weight.flatten(1)                           # (r, in * k * k)
+        a, w = self.A.weight.flatten(1), self.base.weight      # a: (r, in * k * k)
         m_t_a = a if self.matrix is None else self.matrix[0].T.to(a) @ a
-        delta = self.scale * self.B.weight.flatten(1) @ m_t_a
-        self.plain = (self.base.weight,)          # a tuple: not a parameter of ours
-        self.base.weight = nn.Parameter(
-            self.base.weight + delta.view_as(self.base.weight), requires_grad=False)
+        folded = torch.addmm(w.flatten(1), self.B.weight.flatten(1), m_t_a,
+                             alpha=self.scale)
+        self.plain = (w,)                         # a tuple: not a parameter of ours
+        self.base.weight = nn.Parameter(folded.view_as(w), requires_grad=False)
 
     def unfold(self):
         """The stored W back in its place, exactly."""
