@@ -1611,8 +1611,8 @@ def run_bench(args, cfg):
         growth(models, range(256, args.size + 1, 128))
 
 
-def main():
-    """python gendr_pix.py: train, evaluate, measure, or restore one picture."""
+def commands():
+    """The parser of all flags of this script."""
     parser = config_parser(__doc__)
     parser.add_argument("--train", action="store_true", help="all chapters, and --eval")
     parser.add_argument("--eval", action="store_true", help="the table of a run")
@@ -1637,6 +1637,12 @@ def main():
                         help="--input, --bench: the U-Net through torch.compile")
     parser.add_argument("--passes", type=int, choices=(1, 2),
                         help="2: PadCFG, with the weight --guidance")
+    return parser
+
+
+def main():
+    """python gendr_pix.py: train, evaluate, measure, or restore one picture."""
+    parser = commands()
     args = parser.parse_args()
     folder = args.run or f"runs/{args.preset}"
     if args.size < 16 or args.size % 8:
