@@ -827,6 +827,12 @@ def test_fold_equals_the_unfolded_network_and_unfold_restores_it():
     assert not torch.allclose(other, y, atol=1e-3)
     after = model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
+    bare = g.without_lora(model)
+    assert not g.lora_layers(bare)
+    for layer in g.lora_layers(model.unet):
+        nn.init.zeros_(layer.B.weight)
+    with torch.no_grad():
+        close(bare(x, scores), model(x, scores), 1e-5)
     with pytest.raises(ValueError):
         g.fold(model, torch.zeros(2, 2))
 
