@@ -3,8 +3,8 @@
 Chapter 2 turns the T-step prior of `resshift.py` into a one-step restorer (GenDR) with
 S3Diff's degradation-guided LoRA and GenDR's score distillation (CiD); chapter 3
 replaces its VAE encoder by pixel-unshuffle (GenDR-Adc), chapter 4 its decoder by
-pixel-shuffle (GenDR-Pix).  Each chapter's model is the next chapter's teacher, its
-starting point and its critic.
+pixel-shuffle (GenDR-Pix).  Each chapter's model is the next one's starting point and
+its critic; the prior teaches GenDR, and GenDR the last two.
 
 Papers: GenDR-Pix, arXiv 2602.10630; GenDR, 2503.06790; S3Diff, 2409.17058;
         ResShift, 2307.12348; SiD (score identity distillation), 2404.04057.
@@ -1594,6 +1594,7 @@ def restore_file(args, folder):
     lq = from_pil(picture).to(device())
     alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
     weight = 1.0 if passes == 1 else args.guidance or cfg.guidance
+    passes = 1 if weight == 1 else 2                           # w = 1: nothing to mix
     if args.compile:
         m.pix.unet.compile()
     scores = args.degradation.to(device()) if args.degradation is not None else None

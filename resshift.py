@@ -232,11 +232,11 @@ class ResidualShift:
         return y0 + self.kappa * self.eta[-1].sqrt().item() * noise
 
     def input_scale(self, t, like, pixel=False):
-        """The factor on the copy of x_t that the network sees: unit variance at all t.
+        """The factor on the copy of x_t that the network sees: one size at all t.
 
-        Latents have variance 1, so x_t has 1 + kappa^2 eta_t.  Pixels in [-1, 1] are
-        divided by 1 + 3 kappa sqrt(eta_t): three sigma of noise still fit in [-1, 1].
-        From the official code; the posterior uses the unscaled x_t.
+        Latents have variance 1, so x_t has 1 + kappa^2 eta_t: scaled to variance 1.
+        Pixels in [-1, 1] are divided by 1 + 3 kappa sqrt(eta_t): three sigma of noise
+        still fit in [-1, 1].  Both as published; the posterior uses the unscaled x_t.
         """
         eta = self.at(self.eta, t, like)
         if pixel:
