@@ -46,14 +46,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from resshift import (
-    NEGATIVE, POSITIVE, VAE, Config, Perceptual, PixelShuffle, Pool, Prompts,
-    ResShift, Run, Turn, UserError, autocast, batch_noise, blur, chapter,
-    chapter_one, check_config, check_output, command_line, config_from,
-    config_parser, degrade, device, evaluate, from_pil, frozen, gaussian_kernel,
-    given_numbers, held_out, load_chapter_one, load_weights, luma, mean_lpips,
-    mean_psnr, negatives, noise_like, open_picture, pad_to, per_sample, place,
-    print_table, prior_turns, sample, save_picture, to_pil, to_unit, train,
-    train_prior, upsample, world, write_file)
+    NEGATIVE, POSITIVE, VAE, Config, Perceptual, PixelShuffle, Pool, Prompts, ResShift,
+    Run, Turn, UserError, autocast, batch_noise, blur, chapter, chapter_one,
+    check_config, check_output, command_line, config_from, config_parser, degrade,
+    device, evaluate, from_pil, frozen, gaussian_kernel, given_numbers, held_out,
+    load_chapter_one, load_weights, luma, mean_lpips, mean_psnr, negatives, noise_like,
+    open_picture, pad_to, per_sample, place, print_config, print_table, prior_turns,
+    sample, save_picture, to_pil, to_unit, train, train_prior, upsample, world,
+    write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
 
@@ -943,8 +943,8 @@ def parameters_used(model, x, scores):
 
 
 def parts_of(model, size, scores):
-    """{"end in", "U-Net", "end out": function of nothing} of one pass, size x size."""
-    x = torch.zeros(1, 3, size, size, device=device())
+    """{"end in", "U-Net", "end out": function of nothing} of one pass; size: (H, W)."""
+    x = torch.zeros(1, 3, *size, device=device())
     model.guide(scores)
     h = model.end_in.encode(x)
     z = model.step(h)
@@ -982,10 +982,11 @@ def untrained(cfg):
 
 @torch.no_grad()
 def counts(cfg, size):
-    """{name: {"parameters", "macs", "guided": MACs with guidance}}, on the meta device.
+    """{name: {"parameters", "macs", "guided": MACs with guidance}}; size: (H, W).
 
-    Convolutions and linear layers of the U-Net, and everything in the VAE, with the
-    attention in its middle; PadCFG's passes are 8 pixels larger each way.
+    Counted on the meta device: convolutions and linear layers of the U-Net, and
+    everything in the VAE, with the attention in its middle; PadCFG's passes are 8
+    pixels larger each way.
     """
     rows = {}
     with torch.device("meta"):
@@ -998,9 +999,9 @@ def counts(cfg, size):
                 return {k: macs(f, attention=k != "U-Net")
                         for k, f in parts_of(model, n, scores).items()}
             one = count(size)
-            two = (2 * sum(count(size + 8).values()) if pixel
+            two = (2 * sum(count([n + 8 for n in size]).values()) if pixel
                    else sum(one.values()) + one["U-Net"])
-            x = torch.zeros(1, 3, size, size)
+            x = torch.zeros(1, 3, *size)
             rows[name] = {"parameters": parameters_used(model, x, scores),
                           "macs": sum(one.values()), "guided": two}
     return rows
@@ -1013,7 +1014,8 @@ def print_counts(rows, size):
     """The table of `counts`, beside what GenDR-Pix prints for 512 x 512."""
     def giga(n):
         return f"{n / 1e9:9.1f}" if n else " " * 9
-    print(f"\n{size}x{size}: multiply-accumulates (G), and the paper's at 512x512")
+    print(f"\n{size[1]}x{size[0]}: multiply-accumulates (G), and the paper's at "
+          "512x512")
     print(f"{'':12s} {'parameters':>12s} {'one pass':>9s} {'guided':>9s}     "
           f"{'paper: param.':>13s} {'one pass':>9s} {'guided':>9s}")
     for name, row in rows.items():
@@ -1025,13 +1027,13 @@ def print_counts(rows, size):
 
 @torch.no_grad()
 def benchmark(models, size, details=True):
-    """{name: {"ms", "bytes", "parameters"}} of one pass at size x size, LoRA folded.
+    """{name: {"ms", "bytes", "parameters"}} of one pass, LoRA folded; size: (H, W).
 
     models: GenDR, GenDR-Adc, GenDR-Pix.  With details: a row for two passes as well,
     the "share" of each part in one pass's time, and the milliseconds of a pass with
     its LoRA unfolded and without any LoRA, and of the folding itself.
     """
-    x = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
     x, scores, rows = (2 * x - 1).to(device()), torch.zeros(1, 2, device=device()), {}
     for name, model in models.items():
         def cast(function):
@@ -1062,8 +1064,8 @@ def benchmark(models, size, details=True):
 
 def print_benchmark(rows, size):
     """The table of `benchmark`, with ratios to GenDR at the same number of passes."""
-    print(f"\n{size}x{size} output, {device()}, {torch.get_num_threads()} threads; "
-          "LoRA folded; ratios to GenDR, like for like")
+    print(f"\n{size[1]}x{size[0]} output, {device()}, {torch.get_num_threads()} "
+          "threads; LoRA folded; ratios to GenDR, like for like")
     print(f"{'':18s} {'parameters':>11s} {'ms':>9s} {'peak MB':>9s} {'faster':>8s} "
           f"{'memory':>8s}   in / U-Net / out")
     for name, row in rows.items():
@@ -1090,7 +1092,7 @@ def growth(models, sizes):
     exponents = {}
     print(f"\n{'one pass':18s} " + " ".join(f"{n:>6d}^2" for n in sizes)
           + "   exponent in pixels")
-    rows = [benchmark(models, n, details=False) for n in sizes]
+    rows = [benchmark(models, (n, n), details=False) for n in sizes]
     for name in models:
         for key, unit, scale in (("ms", "ms", 1), ("bytes", "MB", 1e-6)):
             values = [row[name][key] * scale for row in rows]
@@ -1477,7 +1479,7 @@ def methods_of(m, cfg):
         "GenDR-Pix PadCFG": one(m.pix, cfg.guidance)}
 
 
-def report(folder, cfg, models, pairs, lpips, size=512):
+def report(folder, cfg, models, pairs, lpips, size):
     """Evaluate, measure, draw; write metrics.json and report.png; True if PASS."""
     m, table = models, evaluate(methods_of(models, cfg), pairs, lpips)
     print_table(table, lpips.name)
@@ -1611,6 +1613,14 @@ def score_pair(text):
     return torch.tensor([values])
 
 
+def output_size(text):
+    """"512" -> (512, 512); "3840x2160", width first -> (2160, 3840)."""
+    sides = [int(n) for n in text.split("x")]
+    if len(sides) > 2:
+        raise ValueError(text)
+    return sides[-1], sides[0]
+
+
 def run_bench(args, cfg):
     """--bench: counts, then time and memory of the preset; with --train, its memory."""
     check_config(cfg, data=False)
@@ -1623,8 +1633,8 @@ def run_bench(args, cfg):
         for model in models.values():
             model.unet.compile()
     print_benchmark(benchmark(models, args.size), args.size)
-    if args.size >= 512:
-        growth(models, range(256, args.size + 1, 128))
+    if min(args.size) >= 512:
+        growth(models, range(256, min(args.size) + 1, 128))
 
 
 def commands():
@@ -1642,7 +1652,8 @@ def commands():
                         help="GenDR's variants in one table, on a finished run")
     parser.add_argument("--figure", action="store_true",
                         help="a photo along a grid of scores: RUN/scores.png")
-    parser.add_argument("--size", type=int, default=512, help="--bench: output pixels")
+    parser.add_argument("--size", type=output_size, default="512", metavar="N|WxH",
+                        help="--bench: output pixels")
     parser.add_argument("--input", help="a picture to restore")
     parser.add_argument("--output", default="up.png", help="where to write it")
     parser.add_argument("--tile", type=int, default=0,
@@ -1661,8 +1672,8 @@ def main():
     parser = commands()
     args = parser.parse_args()
     folder = args.run or f"runs/{args.preset}"
-    if args.size < 16 or args.size % 8:
-        raise UserError("--size is a multiple of 8, 16 or more")
+    if min(args.size) < 16 or any(n % 8 for n in args.size):
+        raise UserError("--size: multiples of 8, 16 or more")
     if args.input:
         restore_file(args, folder)
         return 0
@@ -1698,6 +1709,7 @@ def main():
         if cfg.space != "latent":
             raise UserError("GenDR starts in latent space: --space latent")
         pairs, run = held_out(cfg), Run(folder, cfg)
+        print_config(cfg)
         lpips = Perceptual(cfg.lpips_net).to(device())
         models = train_all(run, pairs, lpips)
         if world()[0] > 0:                                     # rank 0 evaluates

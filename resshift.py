@@ -29,6 +29,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 import warnings
 from contextlib import contextmanager
@@ -1912,6 +1913,12 @@ def load_chapter_one(folder):
     return cfg, end, prior.requires_grad_(False)
 
 
+def print_config(cfg):
+    """The settings of a run, once; config.json has them too."""
+    text = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(cfg).items() if v != "")
+    print(textwrap.fill(f"settings: {text}", 100))
+
+
 def check_output(path):
     """Refuse an output that cannot be written before the work is done."""
     if not Path(path).parent.is_dir():
@@ -1990,6 +1997,7 @@ def main():
     if args.compare:
         compare(run, pairs, perceptual)
         return 0
+    print_config(cfg)
     end, prior = chapter_one(run, Pool(cfg), pairs)
     methods = {"bicubic": lambda p: upsample(p.lq, cfg.scale),
                "ResShift": lambda p: sample(prior, end, p.lq, cfg)}

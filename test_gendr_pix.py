@@ -234,7 +234,7 @@ def test_full_size_trains_as_many_parameters_as_s3diff():
 
 
 def test_full_size_has_the_papers_multiply_accumulates():
-    rows = g.counts(r.preset("full"), 512)
+    rows = g.counts(r.preset("full"), (512, 512))
     pix, gendr = rows["GenDR-Pix"], rows["GenDR"]
     assert round(pix["macs"] / 1e9, 1) == 343.5          # the paper: 344 and 744
     assert round(pix["guided"] / 1e9, 1) == 743.3
@@ -242,6 +242,14 @@ def test_full_size_has_the_papers_multiply_accumulates():
     assert round(gendr["guided"] / 1e9) == 1624
     prompts = 2 * 77 * 1024                              # learned, beside the U-Net
     assert round((pix["parameters"] - prompts) / 1e6, 2) == 866.99
+
+
+def test_sizes_on_the_command_line():
+    assert g.output_size("512") == (512, 512)
+    assert g.output_size("3840x2160") == (2160, 3840)            # height first
+    for bad in ("a", "1x2x3"):
+        with pytest.raises(ValueError):
+            g.output_size(bad)
 
 
 def test_macs_by_hand():
@@ -1273,8 +1281,8 @@ def test_ordered_pairs_counts_what_an_estimator_gets_right():
 
 
 def test_growth_finds_the_exponents(monkeypatch, capsys):
-    def fake(models, n, details):
-        return {"A": {"ms": 2.0 * n ** 2.4, "bytes": 1e6 * n ** 2}}
+    def fake(models, size, details):
+        return {"A": {"ms": 2.0 * size[0] ** 2.4, "bytes": 1e6 * size[1] ** 2}}
     monkeypatch.setattr(g, "benchmark", fake)
     found = g.growth({"A": None}, range(256, 513, 128))
     assert found["A", "ms"] == pytest.approx(1.2, abs=1e-6)
