@@ -714,6 +714,11 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
         for key in one:
             close(two[key], one[key], 1e-5)
         assert any(not torch.allclose(start[k], one[k], atol=1e-4) for k in one)
+    alone = [sys.executable, here, str(tmp_path / "two"), "2"]
+    done = subprocess.run(alone, cwd=HERE, env=env, capture_output=True, text=True,
+                          timeout=280)                       # two began, one goes on
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("resuming at step 2") == len(STAGES)
 
 
 STAGES = ("vae", "resshift", "estimator", "gendr", "adc", "pix")
@@ -726,7 +731,7 @@ def train_every_stage(folder, batch):
     # moves a weight by a part of the learning rate: 3 small steps keep it under 1e-5.
     cfg = dataclasses.replace(
         MICRO, batch=batch, pool=8, vae_steps=3, prior_steps=3, gendr_steps=3,
-        estimator_steps=3, adc_steps=3, pix_steps=3, save_every=100, negative=0.3,
+        estimator_steps=3, adc_steps=3, pix_steps=3, save_every=2, negative=0.3,
         **{f"{k}learning_rate": 3e-4 for k in (
             "", "gendr_", "student_", "critic_", "vae_", "estimator_", "fake_")})
     for stage in STAGES:
