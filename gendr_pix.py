@@ -1626,19 +1626,23 @@ def restore_file(args, folder):
 
 
 def score_pair(text):
-    """"blur,noise" -> (1, 2) scores in [0, 1]; ValueError (argparse says it) if not."""
-    values = [float(v) for v in text.split(",")]
-    if len(values) != 2 or not all(0 <= v <= 1 for v in values):
-        raise ValueError(text)
-    return torch.tensor([values])
+    """"blur,noise" -> (1, 2) scores in [0, 1]; UserError if they are not."""
+    try:
+        blurred, noisy = (float(v) for v in text.split(","))
+        if 0 <= blurred <= 1 and 0 <= noisy <= 1:
+            return torch.tensor([[blurred, noisy]])
+    except ValueError:
+        pass
+    raise UserError(f"--degradation {text}: two numbers in 0 .. 1, as in 0.8,0.1")
 
 
 def output_size(text):
-    """"512" -> (512, 512); "3840x2160", width first -> (2160, 3840)."""
-    sides = [int(n) for n in text.split("x")]
-    if len(sides) > 2:
-        raise ValueError(text)
-    return sides[-1], sides[0]
+    """"512" -> (512, 512); "3840x2160", width first -> (2160, 3840); or UserError."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(n.isdigit() and int(n) % 8 == 0 and int(n) >= 16
+                                 for n in sides):
+        raise UserError(f"--size {text}: N or WxH, multiples of 8, 16 or more")
+    return int(sides[-1]), int(sides[0])
 
 
 def run_bench(args, cfg):
@@ -1692,8 +1696,6 @@ def main():
     parser = commands()
     args = parser.parse_args()
     folder = args.run or f"runs/{args.preset}"
-    if min(args.size) < 16 or any(n % 8 for n in args.size):
-        raise UserError("--size: multiples of 8, 16 or more")
     if args.input:
         restore_file(args, folder)
         return 0

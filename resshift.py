@@ -1848,9 +1848,16 @@ def print_table(table, lpips_name):
 # ---- 10. Command line (skim) ---------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is a `UserError`: one line instead of all flags."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
 def config_parser(description):
     """--tiny, --full, --run, and a flag for every number of `Config`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     size = parser.add_mutually_exclusive_group()
