@@ -109,7 +109,7 @@ class Config:
     guidance: float = 1.07               # S3Diff's weight; GenDR-Pix prints none
     distill: str = "cid"                 # "none", "vsd", "sid" or "cid"
     xi: float = 1.0                      # SiD's alpha; open in GenDR
-    cid_guidance: float = 1.5            # f_phi's; open in GenDR, as the next four
+    cid_guidance: float = 1.5            # f_phi's; open in GenDR, as the next six
     cid_t_min: int = 1
     cid_t_max: int = 0                   # 0: T
     lambda_cid: float = 0.1
