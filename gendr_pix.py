@@ -32,35 +32,27 @@ import json
 import math
 import time
 import weakref
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from resshift import (
-    NEGATIVE, POSITIVE, VAE, Config, Perceptual, PixelShuffle, Pool, Prompts, ResShift,
-    Run, Turn, UserError, autocast, batch_noise, blur, chapter, chapter_one,
-    check_config, check_output, command_line, config_from, config_parser, degrade,
-    device, evaluate, from_pil, frozen, gaussian_kernel, given_numbers, held_out,
-    load_chapter_one, load_weights, luma, mean_lpips, mean_psnr, negatives, noise_like,
-    open_picture, pad_to, per_sample, place, print_config, print_table, prior_turns,
-    sample, save_picture, to_pil, to_unit, train, train_prior, upsample, world,
+    NEGATIVE, POSITIVE, TABLE, VAE, Config, Pairs, Perceptual, PixelShuffle, Prompts,
+    ResidualShift, ResShift, Run, UserError, autocast, chapter, chapter_end,
+    chapter_prior, command_line, command_of, config_from, degrade, device, evaluate,
+    fit_weights, from_pil, held_out, negatives, noise_like, open_picture, pad_to, place,
+    print_table, quality, read_weights, sample, to_pil, train, upsample, world,
     write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
-
-
-SCORES = ("blur", "noise")
-
-
 class DegradationEstimator(nn.Module):
     """lq (B, 3, h, w) in [-1, 1] -> scores (B, 2) in (0, 1): blur, noise.
 
@@ -76,11 +68,10 @@ class DegradationEstimator(nn.Module):
         n, pooled = cfg.estimator_width, 2 + len(self.QUANTILES)
 
         def branch():
-            layers, ch = [], 3
-            for width, stride in ((n, 1), (2 * n, 2), (4 * n, 2)):
-                layers += [nn.Conv2d(ch, width, 3, stride, padding=1), nn.SiLU()]
-                ch = width
-            return nn.Sequential(*layers)
+            return nn.Sequential(
+                nn.Conv2d(3, n, 3, padding=1), nn.SiLU(),
+                nn.Conv2d(n, 2 * n, 3, 2, padding=1), nn.SiLU(),
+                nn.Conv2d(2 * n, 4 * n, 3, 2, padding=1), nn.SiLU())
         self.branches = nn.ModuleList([branch(), branch()])
         self.heads = nn.ModuleList([
             nn.Sequential(nn.Linear(4 * n * pooled, 64), nn.SiLU(), nn.Linear(64, 1))
@@ -98,7 +89,7 @@ class DegradationEstimator(nn.Module):
 
 
 class ScoreEmbedding(nn.Module):
-    """Scores and blocks -> one r x r matrix M per image and block.
+    """Scores and blocks -> one r x r matrix M per image and block: (B, blocks, r, r).
 
     e_j = [sin(2 pi d_j W), cos(2 pi d_j W)], W ~ N(0, 1)^64 fixed; both e_j: 256
     numbers, Linear + ReLU; a learned embedding of 64 per block, Linear + ReLU; the
@@ -127,8 +118,6 @@ class ScoreEmbedding(nn.Module):
 
 
 # ---- 2. Degradation-guided LoRA (read) -- S3Diff, Sec. 3.2 ---------------------------
-
-
 class LoRALayer(nn.Module):
     """y = W x + s B( M^T A x ), s = 8 / r, around a linear layer or a convolution.
 
@@ -186,9 +175,7 @@ def add_lora(network, rank):
              if isinstance(layer, (nn.Conv2d, nn.Linear))
              and "time_emb" not in name and name != "conv_in"]
     for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child,
-                LoRALayer(network.get_submodule(name), rank))
+        network.set_submodule(name, LoRALayer(network.get_submodule(name), rank))
     return names
 
 
@@ -232,37 +219,36 @@ def fold(model, scores):
         raise ValueError(f"fold takes the scores of one image, got {len(scores)}")
     unfold(model)
     model.guide(scores)
+    model.folded = True
     for layer in lora_layers(model):
         layer.fold()
 
 
 def unfold(model):
     """Restore the weights from before `fold`, exactly."""
+    model.folded = False
     for layer in lora_layers(model):
         layer.unfold()
 
 
-def without_lora(model):
-    """A copy of a `Restorer` on the same weights, every `LoRALayer` taken out again."""
-    model = model.copy(share=True)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoRALayer):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base)
-    model.lora = model.end_lora = None
-    return model
+@contextmanager
+def folded(model, scores):
+    """Inside, the model is folded for these scores, and takes none."""
+    fold(model, scores)
+    try:
+        yield model
+    finally:
+        unfold(model)
 
 
 # ---- 3. One restorer, two ends that change (read) -- GenDR, GenDR-Pix ----------------
-
-
 class Restorer(nn.Module):
     """One step of the U-Net between two ends: forward(lq_up, scores, prompt) -> image.
 
     lq_up (B, 3, H, W) in [-1, 1], H and W multiples of 8, already at the output size;
-    scores (B, 2); the result has lq_up's shape and is not clamped.  It predicts the
-    clean picture.  `shortcut` maps the encoded input to the output space and is added
-    to the U-Net's output (small presets; not in the paper); None at full size.
+    scores (B, 2), None if and only if folded; the result has lq_up's shape and is not
+    clamped.  It predicts the clean picture.  `shortcut` maps the encoded input to the
+    output space and is added to the U-Net's output (small presets; not in the paper).
     `lora` guides the U-Net, `end_lora` the VAE encoder in end_in, if there are any.
     """
 
@@ -270,49 +256,40 @@ class Restorer(nn.Module):
         super().__init__()
         self.end_in, self.unet, self.end_out = end_in, unet, end_out
         self.prompts = prompts or Prompts(unet.cfg)
-        self.lora, self.end_lora, self.shortcut = None, None, shortcut
+        self.lora = self.end_lora = None
+        self.shortcut, self.folded = shortcut, False
 
     def guide(self, scores):
-        """Set every M for these scores; nothing to do where the LoRA is folded."""
-        if any(layer.plain is not None for layer in lora_layers(self)):
-            return
-        if self.lora is not None:
+        """Set every M; ValueError unless there are scores or the model is folded."""
+        if self.folded != (scores is None):
+            raise ValueError("a folded model takes no scores, any other needs them")
+        if self.lora is not None and not self.folded:
             self.lora.set(self.unet, scores)
-        if self.end_lora is not None:
+        if self.end_lora is not None and not self.folded:
             self.end_lora.set(self.end_in.encoder, scores)
 
     def step(self, h, prompt=POSITIVE):
-        """The U-Net at the last timestep, on what end_in gives; for end_out.
-
-        `guide` comes first.
-        """
+        """The U-Net at the last timestep, on what end_in gives; `guide` comes first."""
         t = torch.full((len(h),), 999.0, device=h.device)
         out = self.unet(h, t, self.prompts(prompt, len(h)))
         return out if self.shortcut is None else out + self.shortcut(h)
 
-    def forward(self, lq_up, scores, prompt=POSITIVE):
+    def forward(self, lq_up, scores=None, prompt=POSITIVE):
         self.guide(scores)
         h = self.end_in.encode(lq_up)                          # (B, C, H/8, W/8)
         return self.end_out.decode(self.step(h, prompt))
 
     def latent(self, batch, prompt=POSITIVE):
-        """z of a training batch, before end_out.
-
-        The VAE's latent of the LQ picture comes from the pool, unless a LoRA changes
-        the encoder.
-        """
-        self.guide(batch["estimate"])
-        pooled = isinstance(self.end_in, VAE) and self.end_lora is None
-        h = batch["z_lq"] if pooled else self.end_in.encode(batch["lq_up"])
-        return self.step(h, prompt)
+        """z of a training batch, before end_out; z_lq is at hand for a plain VAE."""
+        self.guide(batch.estimate)
+        ready = isinstance(self.end_in, VAE) and self.end_lora is None
+        return self.step(batch.z_lq if ready else self.end_in.encode(batch.lq_up),
+                         prompt)
 
     def copy(self, share=False):
-        """A copy, independent or (share) around the same parameter tensors.
-
-        A matrix M left from a training step stays behind.
-        """
+        """A copy, independent or (share) around the same parameter tensors."""
         for layer in lora_layers(self):
-            layer.matrix = None
+            layer.matrix = None                                # of a training step
         return share_copy(self) if share else copy.deepcopy(self)
 
 
@@ -329,14 +306,12 @@ def one_step(prior, vae):
     noise, W' = s W[:, :C] + W[:, C:] on y0 alone gives exactly the prior's first step.
     Training the chain showed the prior noise in x_T; fine-tuning makes up for that.
     """
-    unet, old = share_copy(prior.unet).requires_grad_(False), prior.unet.conv_in
-    last, c = torch.tensor([prior.chain.steps], device="cpu"), vae.channels
-    s = prior.chain.input_scale(last, last).item()
+    unet, old, c = share_copy(prior.unet), prior.unet.conv_in, vae.channels
+    s = prior.chain.input_scale(prior.chain.eta_T)
     unet.conv_in = new_conv(old, in_channels=c)
     unet.conv_in.weight.copy_(s * old.weight[:, :c] + old.weight[:, c:])
     unet.conv_in.bias.copy_(old.bias)
-    unet.conv_in.requires_grad_(False)
-    return Restorer(vae, unet, vae, prior.prompts,
+    return Restorer(vae, unet.requires_grad_(False), vae, prior.prompts,
                     nn.Identity() if prior.shortcut else None)
 
 
@@ -360,7 +335,7 @@ def gendr_from_prior(prior, vae, cfg):
             model.end_in = share_copy(vae)
             model.end_lora = DegradationLoRA(model.end_in.encoder, cfg.vae_lora_rank)
     model.unet.conv_in.requires_grad_(True)
-    return model.to(device())
+    return model
 
 
 def least_squares(x, y, ridge=1e-4):
@@ -378,17 +353,12 @@ def least_squares(x, y, ridge=1e-4):
     return weight, my - mx @ weight
 
 
-def pixels(x):
-    """(B, C, h, w) -> one row a pixel: (B h w, C)."""
-    return rearrange(x, "b c h w -> (b h w) c")
-
-
 @torch.no_grad()
 def fit_conv(conv, x, y):
     """Set a stride-1 convolution so that conv(x) is nearest to y: x, y (B, ., h, w)."""
     k = conv.kernel_size[0]
     patches = rearrange(F.unfold(x, k, padding=k // 2), "b c n -> (b n) c")
-    weight, bias = least_squares(patches, pixels(y))
+    weight, bias = least_squares(patches, rearrange(y, "b c h w -> (b h w) c"))
     conv.weight.copy_(weight.T.reshape(conv.weight.shape))
     conv.bias.copy_(bias)
 
@@ -400,106 +370,81 @@ def new_conv(old, in_channels=None, out_channels=None):
 
 
 @torch.no_grad()
-def pixel_input(teacher, cfg, rows=None):
-    """Stage I's student: the teacher with pixel-unshuffle in place of its encoder.
+def pixel_input(gendr, cfg, rows=None):
+    """Stage I's student: GenDR with pixel-unshuffle in place of its encoder.
 
-    conv_in (192 channels) and the shortcut start by least squares on rows {"lq_up",
-    "estimate"}: conv_in'(unshuffle(x)) near conv_in(encode(x)), shortcut'(unshuffle(x))
-    near shortcut(encode(x)).  Not in the paper; cfg.least_squares off: torch's start.
-    Without rows only the structure is built, for weights to be loaded into.
+    conv_in (192 channels) and the shortcut start by least squares on a `Batch`:
+    conv_in'(unshuffle(x)) near conv_in(encode(x)), shortcut'(unshuffle(x)) near
+    shortcut(encode(x)).  Not in the paper; cfg.least_squares off, or no batch: torch's
+    start.  All is trained but the VAE behind it.
     """
-    student = teacher.copy()
-    student.end_lora = None
-    end = student.end_in = PixelShuffle(teacher.end_in.factor)
-    student.end_out = teacher.end_out                          # the same frozen VAE
-    student.unet.conv_in = new_conv(teacher.unet.conv_in, in_channels=end.channels)
+    adc = gendr.copy()
+    adc.end_in, adc.end_lora, adc.end_out = PixelShuffle(8), None, gendr.end_out
+    adc.unet.conv_in = new_conv(gendr.unet.conv_in, in_channels=192)
     if cfg.shortcut:
-        student.shortcut = nn.Conv2d(end.channels, teacher.end_out.channels, 1)
-    student.to(device())
+        adc.shortcut = nn.Conv2d(192, cfg.latent_channels, 1)
+    adc.to(device()).requires_grad_(True)
+    adc.end_out.requires_grad_(False)
     if rows is not None and cfg.least_squares:
-        teacher.guide(rows["estimate"])
-        x, z = (e.encode(rows["lq_up"]) for e in (end, teacher.end_in))
-        fit_conv(student.unet.conv_in, x, teacher.unet.conv_in(z))
+        gendr.guide(rows.estimate)
+        x, z = (model.end_in.encode(rows.lq_up) for model in (adc, gendr))
+        fit_conv(adc.unet.conv_in, x, gendr.unet.conv_in(z))
         if cfg.shortcut:
-            fit_conv(student.shortcut, x, teacher.shortcut(z))
-    return trainable(student)
-
-
-def trainable(student):
-    """All of a student is trained, but for the VAE that it shares with its teacher."""
-    student.requires_grad_(True)
-    if not isinstance(student.end_out, PixelShuffle):
-        student.end_out.requires_grad_(False)
-    return student
+            fit_conv(adc.shortcut, x, gendr.shortcut(z))
+    return adc
 
 
 @torch.no_grad()
-def pixel_output(teacher, cfg, rows=None):
+def pixel_output(adc, cfg, rows=None):
     """Stage II's student: pixel-shuffle in place of the decoder, 192 channels out.
 
-    conv_out starts by least squares on the teacher's own features: it maps them to the
-    teacher's unshuffled picture, less the shortcut (the identity on pixels).
-    rows: {"lq_up", "estimate", "y_tea"}; without them only the structure is built.
+    conv_out starts by least squares on GenDR-Adc's own features: it maps them to the
+    teacher's unshuffled picture, less the shortcut (the identity on pixels).  All is
+    trained.
     """
-    student = teacher.copy()
-    end = student.end_out = PixelShuffle(teacher.end_out.factor)
-    old = teacher.unet.conv_out                                # in a LoRA, or plain
-    conv = new_conv(getattr(old, "base", old), out_channels=end.channels)
-    student.shortcut = nn.Identity() if cfg.shortcut else None
+    pix = adc.copy()
+    pix.end_out, pix.shortcut = PixelShuffle(8), nn.Identity() if cfg.shortcut else None
+    old = adc.unet.conv_out                                    # in a LoRA, or plain
+    conv = new_conv(getattr(old, "base", old), out_channels=192)
     if rows is not None and cfg.least_squares:
-        h, seen = student.end_in.encode(rows["lq_up"]), []
-        hook = teacher.unet.conv_out.register_forward_pre_hook(
-            lambda _, x: seen.append(x[0]))
-        teacher.guide(rows["estimate"])
-        teacher.step(h)
+        seen, x = [], pix.end_in.encode(rows.lq_up)
+        hook = old.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+        adc.latent(rows)
         hook.remove()
-        fit_conv(conv, seen[0], end.encode(rows["y_tea"]) - (h if cfg.shortcut else 0))
-    student.unet.conv_out = (LoRALayer(conv, cfg.lora_rank)
-                             if isinstance(old, LoRALayer) else conv)
-    return trainable(student.to(device()))
+        y = pix.end_out.encode(rows.y_tea)
+        fit_conv(conv, seen[0], y - x if cfg.shortcut else y)
+    pix.unet.conv_out = LoRALayer(conv, cfg.lora_rank) if lora_layers(old) else conv
+    return pix.to(device()).requires_grad_(True)
 
 
 # ---- 4. Many steps into one (read) -- GenDR: VSD, SiD, CiD ---------------------------
+# z_g = G(z_l) the generator's latent, z_h the HQ latent; at z_t, the noised z_g: `real`
+# = f_phi(z_t), `guided` = f_phi^cfg(z_t), `fake` = f_psi(z_t).  phi is the frozen
+# prior, psi the fake score network, trained on G's outputs; all predict the clean latent
+# (B, C, h, w); w (B, 1, 1, 1).
 
 
-class Predictions(NamedTuple):
-    """Five clean latents of one batch, all (B, C, h, w), and the weight w (B, 1, 1, 1).
-
-    z_g = G(z_l); z_h the HQ latent; at z_t, the noised z_g: `real` = f_phi(z_t),
-    `guided` = f_phi^cfg(z_t), `fake` = f_psi(z_t).  phi is the frozen prior, psi the
-    fake score network, trained on G's outputs; all predict the clean latent.
-    """
-    z_g: torch.Tensor
-    z_h: torch.Tensor
-    real: torch.Tensor
-    guided: torch.Tensor
-    fake: torch.Tensor
-    weight: torch.Tensor
-
-
-def vsd_loss(s, xi):
+def vsd_loss(z_g, real, fake, w):
     """VSD: w < sg(f_psi - f_phi), z_g >, the mean over elements; sg: no gradient.
 
     The value means nothing.  Autograd gives dL/dz_g = w (f_psi - f_phi), in expectation
     the gradient of KL(q_g,t || q_data,t) up to w and a factor of t, since on this chain
-    score = ((1 - eta_t) f + eta_t y0 - x_t) / (kappa^2 eta_t).  xi is not used; w and
-    the unguided phi are chosen to differ from SiD in one line (not in the paper).
+    score = ((1 - eta_t) f + eta_t y0 - x_t) / (kappa^2 eta_t).
     """
-    return (s.weight * (s.fake - s.real).detach() * s.z_g).mean()
+    return (w * (fake - real).detach() * z_g).mean()
 
 
-def sid_loss(s, xi):
+def sid_loss(z_g, real, fake, w, xi=1.0):
     """SiD (2404.04057): w < f_phi - f_psi, f_phi - z_g > - xi w || f_phi - f_psi ||^2.
 
     Autograd goes through z_g and, by way of z_t, through both networks, whose weights
     are frozen.  With the exact psi and a fixed w the expectation is
     (1 - xi) w || f_phi - f_psi ||^2.
     """
-    gap = s.real - s.fake
-    return (s.weight * (gap * (s.real - s.z_g) - xi * gap ** 2)).mean()
+    return (w * ((real - fake) * (real - z_g) - xi * (real - fake) ** 2)).mean()
 
 
-def cid_loss(s, xi):
+def cid_loss(z_h, real, guided, fake, w, xi=1.0):
     """CiD: L3 - xi L1, L1 = w || f_phi - f_psi ||^2 and
     L3 = w < f_phi^cfg - f_psi, f_phi^cfg - z_h >: SiD with a guided prior, and the HQ
     latent in z_g's place.
@@ -511,41 +456,34 @@ def cid_loss(s, xi):
     needs a prior that looks at z_t, and for a generator with a spread of its own it
     need not converge (a test shows where).  This reading is not in the paper.
     """
-    gap, guided_gap = s.real - s.fake, s.guided - s.fake
-    return (s.weight * (guided_gap * (s.guided - s.z_h) - xi * gap ** 2)).mean()
+    return (w * ((guided - fake) * (guided - z_h) - xi * (real - fake) ** 2)).mean()
 
 
-DISTILL = {"none": None, "vsd": vsd_loss, "sid": sid_loss, "cid": cid_loss}
+def noised(chain, z_g, y0, draws, cfg):
+    """(z_t, t): z_t ~ N( z_g + eta_t (y0 - z_g), kappa^2 eta_t I ), t uniform in
+    cid_t_min .. cid_t_max.  GenDR noises along Stable Diffusion's chain, we shift."""
+    t = draws.times(cfg.cid_t_min, cfg.cid_t_max or cfg.steps, len(z_g))
+    return chain.q_sample(z_g, y0, t, draws.noise(z_g)), t
 
 
-def normaliser(z_g, real):
-    """SiD's normaliser w = 1 / mean |z_g - f_phi| of each sample, without gradient."""
-    return 1 / (z_g - real).detach().abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
+def distillation(prior, fake_score, z_g, z_h, y0, draws, cfg):
+    """cfg.distill's loss at one random t a sample; y0 conditions both networks.
 
-
-def noised(chain, z_g, y0, rng, cfg):
-    """(z_t, t): z_g noised along the residual-shifting chain to a random t.
-
-    z_t ~ N( z_g + eta_t (y0 - z_g), kappa^2 eta_t I ), t uniform in cid_t_min ..
-    cid_t_max (0: T).  GenDR noises along Stable Diffusion's chain; ours shifts.
+    f_phi^cfg = f_neg + cid_guidance (f_pos - f_neg), the prior under its two prompts;
+    w = 1 / mean |z_g - f_phi| of each sample (SiD's normaliser), without gradient.
     """
-    first, last = cfg.cid_t_min, cfg.cid_t_max or cfg.steps
-    t = per_sample(lambda n: torch.randint(first, last + 1, (n,), generator=rng),
-                   len(z_g))
-    return chain.q_sample(z_g, y0, t, batch_noise(z_g, rng)), t
-
-
-def predict(prior, fake_score, z_g, z_h, y0, rng, cfg):
-    """All of `Predictions` at one random t a sample; y0 conditions both networks.
-
-    f_phi^cfg = f_neg + w (f_pos - f_neg), the prior under its two prompts.
-    """
-    z_t, t = noised(prior.chain, z_g, y0, rng, cfg)
+    z_t, t = noised(prior.chain, z_g, y0, draws, cfg)
     # In float: autocast's bfloat16 would drown small differences of predictions.
-    real, negative, fake = (f.float() for f in (
-        prior(z_t, y0, t), prior(z_t, y0, t, NEGATIVE), fake_score(z_t, y0, t)))
-    guided = negative + cfg.cid_guidance * (real - negative)
-    return Predictions(z_g, z_h, real, guided, fake, normaliser(z_g, real))
+    real, fake = prior(z_t, y0, t).float(), fake_score(z_t, y0, t).float()
+    gap = (z_g - real).detach().abs().mean((1, 2, 3), keepdim=True)
+    w = 1 / gap.clamp(min=1e-6)
+    if cfg.distill == "vsd":
+        return vsd_loss(z_g, real, fake, w)
+    if cfg.distill == "sid":
+        return sid_loss(z_g, real, fake, w, cfg.xi)
+    negative = prior(z_t, y0, t, NEGATIVE).float()
+    return cid_loss(z_h, real, negative + cfg.cid_guidance * (real - negative), fake, w,
+                    cfg.xi)
 
 
 def fake_score_from(prior, cfg):
@@ -555,9 +493,7 @@ def fake_score_from(prior, cfg):
     return fake_score.to(device())
 
 
-# ---- 5. What the students lose sleep over (read) -- GenDR-Pix, Sec. 3.3 --------------
-
-
+# ---- 5. Grids: random padding, Fourier loss, critic (read) -- GenDR-Pix, Sec. 3.3 ----
 def rand_pad(x, ph, pw):
     """randpad(y) = pad(y, [ph, 8 - ph, pw, 8 - pw]), ph, pw in 0 .. 7, reflecting.
 
@@ -568,7 +504,6 @@ def rand_pad(x, ph, pw):
     return F.pad(x, (pw, 8 - pw, ph, 8 - ph), mode="reflect")
 
 
-@lru_cache(maxsize=8)
 def fourier_mask(h, w, factor=8):
     """M (h, w) over fft2's bins: 1 near the lattice (k h/8, l w/8) but (0, 0), else 0.
 
@@ -608,10 +543,9 @@ def lattice_energy(y, factor=8):
 class Discriminator(nn.Module):
     """D: small heads on the frozen features of the previous stage's restorer.
 
-    forward(h): what that restorer's U-Net eats -> one map of logits a level.  Its LoRA
-    is folded at scores (0, 0), a clean picture; all other weights stay shared.  It must
-    be frozen already.  The paper leaves the heads open: ours
-    are GroupNorm and two 1x1 convolutions on the end of every level of the first half.
+    Its LoRA is folded at scores (0, 0), a clean picture; all other weights stay shared.
+    It must be frozen already.  The paper leaves the heads open: ours are GroupNorm and
+    two 1x1 convolutions on the end of every level of the first half.
     """
 
     def __init__(self, restorer, cfg):
@@ -626,7 +560,7 @@ class Discriminator(nn.Module):
         self.ends = [cfg.unet_blocks * (i + 1) + i for i in range(len(cfg.unet_widths))]
 
     def features(self, h):
-        """The last feature map of each down block, and the middle's."""
+        """h, what the restorer's U-Net eats -> the ends of its down blocks and mid."""
         g = self.backbone[0]
         t = torch.full((len(h),), 999.0, device=h.device)
         middle, skips, _ = g.unet.encode(h, t, g.prompts(POSITIVE, len(h)))
@@ -637,152 +571,116 @@ class Discriminator(nn.Module):
         return torch.cat([head(f).flatten(1) for head, f in
                           zip(self.heads, features)], dim=1)
 
-    def forward(self, h):
-        return self.judge(self.features(h))
+    def loss(self, fake, real):
+        """D's own: softplus(D(fake)) + softplus(-D(real)), on detached features.
 
-
-class Adversary:
-    """The two halves of the game: softplus(-D(fake)) for G, and D's own loss.
-
-    D's: softplus(D(fake)) + softplus(-D(real)).  The generator's turn keeps the fake's
-    features for D's turn, detached: one pass through the frozen backbone serves both.
-    """
-
-    def __init__(self, discriminator):
-        self.discriminator, self.fake = discriminator, None
-
-    def generator_loss(self, fake):
-        """softplus(-D(fake)); `train` has frozen D in the generator's turn."""
-        features = self.discriminator.features(fake)
-        self.fake = [f.detach() for f in features]
-        return F.softplus(-self.discriminator.judge(features)).mean()
-
-    def discriminator_loss(self, real):
-        """softplus(D(fake)) + softplus(-D(real)) on the generator's last fake."""
-        with torch.no_grad():
-            features = self.discriminator.features(real)
-        fake, real = (self.discriminator.judge(f) for f in (self.fake, features))
+        The generator's is softplus(-D(fake)).
+        """
+        fake, real = (self.judge([f.detach() for f in x]) for x in (fake, real))
         return F.softplus(fake).mean() + F.softplus(-real).mean()
 
 
 # ---- 6. The stages (read) -- who teaches, who criticises, which losses ---------------
-
-
-def estimator_turns(estimator, cfg):
+def estimator_stage(estimator, cfg):
     """The two scores by regression on the strengths that `degrade` knows.
 
     Each batch is turned and mirrored: neither changes blur or noise.
     """
-    def losses(batch, rng):
-        mirror, turn = (torch.randint(n, (), generator=rng).item() for n in (2, 4))
-        lq = batch["lq"].flip(3) if mirror else batch["lq"]
-        guess = estimator(torch.rot90(lq, turn, (2, 3)))
-        return {"scores": F.mse_loss(guess, batch["scores"])}
-    return [Turn("estimator", estimator, losses, cfg.estimator_learning_rate)]
+    def step(batch, draws):
+        lq = batch.lq.flip(3) if draws.dice.randrange(2) else batch.lq
+        guess = estimator(torch.rot90(lq, draws.dice.randrange(4), (2, 3)))
+        yield estimator, {"scores": F.mse_loss(guess, batch.scores)}
+    return step, {estimator: cfg.estimator_learning_rate}
 
 
-def gendr_turns(prior, student, cfg):
-    """Chapter 2: || z_g - z_h ||^2 + l1 CiD + l2 softplus(-D(z_g)), online negatives.
+def gendr_stage(prior, student, cfg):
+    """Chapter 2: mean (z_g - z_h)^2 + l1 CiD + l2 softplus(-D(z_g)), online negatives.
 
     G (`student`) is trained; phi (`prior`) is frozen; psi is trained on G's outputs,
     cfg.fake_steps times for each step of G; D has heads on the features of phi's first
-    step, which sees clean latents (not in the paper).  Whoever is not at play is frozen
-    in that turn.  GenDR's CiDA is these without the regression (S3Diff's), plus REPA,
-    which needs a pretrained DINOv2 and is left out.  The few outputs under the negative
+    step, which sees clean latents (not in the paper).  GenDR's CiDA is CiD, adversarial
+    and REPA, which needs a pretrained DINOv2 and is left out; the regression in latents
+    is ours (S3Diff's is 2 MSE + 5 LPIPS on images).  The few outputs under the negative
     prompt go to CiD and D like all others.  l1 = lambda_cid, l2 = lambda_cid_adv: not
     in the paper.
     """
-    made = {}                                # G's turn leaves its output for psi's
-    distill = DISTILL[cfg.distill]
-    fake_score = fake_score_from(prior, cfg) if distill else None
+    fake_score = fake_score_from(prior, cfg) if cfg.distill != "none" else None
     critic = (Discriminator(one_step(prior, student.end_in), cfg)
               if cfg.lambda_cid_adv else None)
-    adversary = Adversary(critic)
 
-    def generator(batch, rng):
-        z_l, z_h = batch["z_lq"], batch["z_hq"]
-        prompt, target = negatives(batch, "z_hq", "z_lq", rng, cfg)
+    def step(batch, draws):
+        z_l, z_h = batch.z_lq, batch.z_hq
+        prompt, target = negatives(z_h, z_l, draws, cfg)
         z_g = student.latent(batch, prompt)
-        made["z_g"] = z_g.detach()
         losses = {"mse": F.mse_loss(z_g, target)}
-        if distill:
-            s = predict(prior, fake_score, z_g, z_h, z_l, rng, cfg)
-            losses[cfg.distill] = cfg.lambda_cid * distill(s, cfg.xi)
+        if fake_score:
+            losses[cfg.distill] = cfg.lambda_cid * distillation(
+                prior, fake_score, z_g, z_h, z_l, draws, cfg)
         if critic:
-            losses["adv"] = cfg.lambda_cid_adv * adversary.generator_loss(z_g)
-        return losses
-
-    def fake(batch, rng):
-        z_t, t = noised(prior.chain, made["z_g"], batch["z_lq"], rng, cfg)
-        return {"fake": F.mse_loss(fake_score(z_t, batch["z_lq"], t), made["z_g"])}
-
-    def discriminator(batch, rng):
-        return {"d": adversary.discriminator_loss(batch["z_hq"])}
-    turns = [Turn("generator", student, generator, cfg.gendr_learning_rate)]
-    if distill:
-        turns.append(Turn("fake score", fake_score, fake, cfg.fake_learning_rate,
-                          cfg.fake_steps))
-    if critic:
-        turns.append(Turn("discriminator", critic, discriminator,
-                          cfg.critic_learning_rate))
-    return turns
+            seen = critic.features(z_g)
+            losses["adv"] = cfg.lambda_cid_adv * F.softplus(-critic.judge(seen)).mean()
+        yield student, losses
+        z_g = z_g.detach()
+        for _ in range(cfg.fake_steps if fake_score else 0):
+            z_t, t = noised(prior.chain, z_g, z_l, draws, cfg)
+            yield fake_score, {"fake": F.mse_loss(fake_score(z_t, z_l, t), z_g)}
+        if critic:
+            with torch.no_grad():
+                real = critic.features(z_h)
+            yield critic, {"d": critic.loss(seen, real)}
+    rates = {student: cfg.gendr_learning_rate, fake_score: cfg.fake_learning_rate,
+             critic: cfg.critic_learning_rate}
+    return step, {player: rate for player, rate in rates.items() if player}
 
 
-def adc_turns(teacher, student, cfg):
+def adc_stage(gendr, student, cfg):
     """Stage I: L_G1 = || z_tea - z_stu ||_1 + l1 softplus(-D(z_stu)).
 
-    Teacher: GenDR's latents (in the pool).  Critic: GenDR's features.  Real: HQ.
-    Negative samples count in the reconstruction losses as S3Diff has it, and their
-    outputs go to D like all others.  l1 is printed for stage II only; we reuse it.
+    Teacher: GenDR's latents.  Critic: GenDR's features.  Real: HQ.  Negative samples
+    count in the reconstruction losses as S3Diff has it, and their outputs go to D like
+    all others.  l1 is printed for stage II only; we reuse it.
     """
-    critic = Discriminator(teacher, cfg)
-    adversary = Adversary(critic)
+    critic = Discriminator(gendr, cfg)
 
-    def generator(batch, rng):
-        prompt, target = negatives(batch, "z_tea", "z_lq", rng, cfg)
+    def step(batch, draws):
+        prompt, target = negatives(batch.z_tea, batch.z_lq, draws, cfg)
         z = student.latent(batch, prompt)
-        return {"l1": F.l1_loss(z, target),
-                "adv": cfg.lambda_adv * adversary.generator_loss(z)}
+        seen = critic.features(z)
+        yield student, {"l1": F.l1_loss(z, target), "adv": cfg.lambda_adv * F.softplus(
+            -critic.judge(seen)).mean()}
+        with torch.no_grad():
+            real = critic.features(batch.z_hq)
+        yield critic, {"d": critic.loss(seen, real)}
+    return step, {student: cfg.student_learning_rate, critic: cfg.critic_learning_rate}
 
-    def discriminator(batch, rng):
-        return {"d": adversary.discriminator_loss(batch["z_hq"])}
-    # The generator plays first: D's turn judges the fake that it left in `adversary`.
-    return [Turn("generator", student, generator, cfg.student_learning_rate),
-            Turn("discriminator", critic, discriminator, cfg.critic_learning_rate)]
 
-
-def pix_turns(teacher, student, lpips, cfg):
+def pix_stage(adc, student, lpips, cfg):
     """Stage II: L_G2 = ||y_tea - y_stu||_1 + l1 softplus(-D(y_stu)) + l2 L_P + l3 L_F.
 
-    Teacher: GenDR's pictures (in the pool).  Critic: GenDR-Adc's features, which eats
-    pictures through pixel-unshuffle; fake and real take the same random padding.
-    L_P is LPIPS (the paper does not say which).  Weights 0.05 / 1 / 0.1.
+    Teacher: GenDR's pictures.  Critic: GenDR-Adc's features, which eats pictures
+    through pixel-unshuffle; fake and real take the same random padding.  L_P is LPIPS
+    (the paper does not say).  Weights 0.05 / 1 / 0.1.
     """
-    critic = Discriminator(teacher, cfg)
-    adversary, shift = Adversary(critic), {}      # shift: one phase for both turns
+    critic = Discriminator(adc, cfg)
 
-    def eat(y):
-        return teacher.end_in.encode(rand_pad(y, *shift["phase"]))
-
-    def generator(batch, rng):
-        shift["phase"] = torch.randint(8, (2,), generator=rng).tolist()
-        prompt, target = negatives(batch, "y_tea", "lq_up", rng, cfg)
-        y = student(batch["lq_up"], batch["estimate"], prompt)
-        return {"l1": F.l1_loss(y, target),
-                "adv": cfg.lambda_adv * adversary.generator_loss(eat(y)),
-                "lpips": cfg.lambda_lpips * lpips(y, target).mean(),
-                "fourier": cfg.lambda_fourier * masked_fourier_loss(y, target)}
-
-    def discriminator(batch, rng):
-        return {"d": adversary.discriminator_loss(eat(batch["hq"]))}
-    return [Turn("generator", student, generator, cfg.student_learning_rate),
-            Turn("discriminator", critic, discriminator, cfg.critic_learning_rate)]
+    def step(batch, draws):
+        phase = draws.dice.randrange(8), draws.dice.randrange(8)
+        prompt, target = negatives(batch.y_tea, batch.lq_up, draws, cfg)
+        y = student(batch.lq_up, batch.estimate, prompt)
+        losses = {"l1": F.l1_loss(y, target)}
+        seen = critic.features(adc.end_in.encode(rand_pad(y, *phase)))
+        losses["adv"] = cfg.lambda_adv * F.softplus(-critic.judge(seen)).mean()
+        losses["lpips"] = cfg.lambda_lpips * lpips(y, target).mean()
+        losses["fourier"] = cfg.lambda_fourier * masked_fourier_loss(y, target)
+        yield student, losses
+        with torch.no_grad():
+            real = critic.features(adc.end_in.encode(rand_pad(batch.hq, *phase)))
+        yield critic, {"d": critic.loss(seen, real)}
+    return step, {student: cfg.student_learning_rate, critic: cfg.critic_learning_rate}
 
 
 # ---- 7. What a user calls (read) -- guidance, PadCFG, restore ------------------------
-
-
-def pad_cfg(restorer, x, scores, weight, pads=((4, 4), (3, 3))):
+def pad_cfg(restorer, x, weight, scores=None, pads=((4, 4), (3, 3))):
     """y = w G(pad(x, [4,4,4,4]), c_pos) + (1 - w) G(pad(x, [3,5,3,5]), c_neg).
 
     Each output is cropped by its own padding before mixing.  Plain guidance amplifies
@@ -797,18 +695,17 @@ def pad_cfg(restorer, x, scores, weight, pads=((4, 4), (3, 3))):
     return mixed
 
 
-def guided(restorer, x, scores, weight):
+def guided(restorer, x, weight, scores=None):
     """out = neg + w (pos - neg): two passes; PadCFG where the output end is pixels.
 
     With a VAE behind it the U-Net's latents are mixed (S3Diff), and decoded once.
     """
     if isinstance(restorer.end_out, PixelShuffle):
-        return pad_cfg(restorer, x, scores, weight)
+        return pad_cfg(restorer, x, weight, scores)
     restorer.guide(scores)
     h = restorer.end_in.encode(x)
     negative = restorer.step(h, NEGATIVE)
-    return restorer.end_out.decode(
-        negative + weight * (restorer.step(h, POSITIVE) - negative))
+    return restorer.end_out.decode(negative + weight * (restorer.step(h) - negative))
 
 
 @torch.no_grad()
@@ -819,44 +716,183 @@ def restore(restorer, estimator, lq, scale=4, weight=1.0, tile=0, scores=None):
     one pass (weight 1) or two (guidance).  tile: side of the squares that are restored
     one by one, in output pixels and with 64 of overlap; 0 restores in one piece.
     """
-    scores = estimator(lq) if scores is None else scores
+    def run(piece):
+        full = pad_to(piece, 8)
+        with autocast(restorer.unet.cfg):
+            y = restorer(full) if weight == 1 else guided(restorer, full, weight)
+        return y[:, :, :piece.shape[2], :piece.shape[3]].float()
     x = upsample(lq, scale)
-    fold(restorer, scores)
-    try:
-        def run(piece):
-            full = pad_to(piece, 8)
-            with autocast(restorer.unet.cfg):
-                y = (restorer(full, scores) if weight == 1
-                     else guided(restorer, full, scores, weight))
-            return y[:, :, :piece.shape[2], :piece.shape[3]].float()
-        y = tiled(run, x, tile) if tile else run(x)
-    finally:
-        unfold(restorer)
-    return y.clamp(-1, 1)
+    with folded(restorer, estimator(lq) if scores is None else scores):
+        return (tiled(run, x, tile) if tile else run(x)).clamp(-1, 1)
 
 
 def tiled(run, x, tile, overlap=64):
     """run() on overlapping squares of x, cross-faded with a linear ramp."""
-    h, w = x.shape[2:]
     tile = max(tile // 8 * 8, 2 * overlap)
     total, weights = torch.zeros_like(x), torch.zeros_like(x[:, :1])
-    stride = tile - overlap
-    starts = [range(0, max(n - overlap, 1), stride) for n in (h, w)]
+    starts = [range(0, max(n - overlap, 1), tile - overlap) for n in x.shape[2:]]
     for top in starts[0]:
         for left in starts[1]:
-            piece = x[:, :, top:top + tile, left:left + tile]
-            n, m = piece.shape[2:]
-            ramps = [torch.minimum(torch.arange(k) + 1, torch.arange(k, 0, -1))
-                     .clamp(max=overlap).to(x) for k in (n, m)]
+            at = (..., slice(top, top + tile), slice(left, left + tile))
+            ramps = [torch.minimum(torch.arange(n) + 1, torch.arange(n, 0, -1))
+                     .clamp(max=overlap).to(x) for n in x[at].shape[2:]]
             fade = ramps[0][:, None] * ramps[1]
-            total[:, :, top:top + n, left:left + m] += fade * run(piece)
-            weights[:, :, top:top + n, left:left + m] += fade
+            total[at] += fade * run(x[at])
+            weights[at] += fade
     return total / weights
 
 
-# ---- 8. Time, memory, operations (skim) ----------------------------------------------
+# ---- 8. All chapters, one after the other (read) -------------------------------------
+# Models are kept in a dict {chapter: model}, in this order:
+CHAPTERS = ("vae", "resshift", "estimator", "gendr", "adc", "pix")
+NAMES = {"gendr": "GenDR", "adc": "GenDR-Adc", "pix": "GenDR-Pix"}
 
 
+def build(name, m, cfg, rows=None):
+    """The untrained model of a chapter after the first, from those before it, in m."""
+    return {"estimator": lambda: DegradationEstimator(cfg),
+            "gendr": lambda: gendr_from_prior(m["resshift"], m["vae"], cfg),
+            "adc": lambda: pixel_input(m["gendr"], cfg, rows),
+            "pix": lambda: pixel_output(m["adc"], cfg, rows)}[name]()
+
+
+def stage_of(name, model, m, cfg, lpips=None):
+    """What teaches that model: (step, rates)."""
+    return {"estimator": lambda: estimator_stage(model, cfg),
+            "gendr": lambda: gendr_stage(m["resshift"], model, cfg),
+            "adc": lambda: adc_stage(m["gendr"], model, cfg),
+            "pix": lambda: pix_stage(m["adc"], model, lpips, cfg)}[name]()
+
+
+def fill(pairs, name, m):
+    """Let batches have what a finished chapter teaches the next ones."""
+    if name == "vae":
+        pairs.add("z_hq", lambda batch: m["vae"].encode(batch.hq))
+        pairs.add("z_lq", lambda batch: m["vae"].encode(batch.lq_up))
+    elif name == "estimator":
+        pairs.add("estimate", lambda batch: m["estimator"](batch.lq))
+    elif name == "gendr":
+        pairs.add("z_tea", lambda batch: m["gendr"].latent(batch))
+        pairs.add("y_tea", lambda batch: m["vae"].decode(batch.z_tea))
+
+
+def next_chapter(run, name, m, pairs=None, lpips=None, watch=None):
+    """The model of chapter `name`: loaded, or with `pairs` trained if it is missing."""
+    def teach(model):
+        stage = stage_of(name, model, m, run.cfg, lpips)
+        train(run, name, stage, pairs, getattr(run.cfg, f"{name}_steps"),
+              watch and (lambda: watch(model)))
+    rows = pairs.some(128) if pairs and name in ("adc", "pix") else None
+    return chapter(run, name, lambda: build(name, m, run.cfg, rows), pairs and teach,
+                   list(m.values()))
+
+
+def all_chapters(run, pairs=None, lpips=None, held=()):
+    """{chapter: model} of a run: loaded, or with `pairs` trained where missing.
+
+    Score and adversarial losses need not fall while the pictures get better, so every
+    chapter is watched by PSNR and LPIPS on held-out pictures, beside bicubic's.
+    """
+    cfg, m = run.cfg, {}
+
+    def watch(model):
+        methods = {"bicubic": lambda p: upsample(p.lq, cfg.scale),
+                   "val": lambda p: restore(model, m["estimator"], p.lq, cfg.scale)}
+        return {f"{name} {k}": row[k] for name, row in
+                evaluate(methods, held, lpips).items() for k in ("psnr", "lpips")}
+
+    def vae_weights(vae):
+        state = read_autoencoder(cfg.vae_weights) | {"scale": vae.scale}
+        fit_weights(vae.state_dict(), state, cfg.vae_weights)
+
+    def unet_weights(prior):
+        start_from_stable_diffusion(prior, cfg.unet_weights, pairs.some(256).z_hq)
+    m["vae"] = chapter_end(run, pairs, vae_weights if cfg.vae_weights else None)
+    m["resshift"] = chapter_prior(run, pairs, unet_weights if cfg.unet_weights else None)
+    for name in CHAPTERS[2:]:
+        watching = watch if held and name != "estimator" else None
+        m[name] = next_chapter(run, name, m, pairs, lpips, watching)
+        if pairs:
+            fill(pairs, name, m)
+    return m
+
+
+def methods_of(m, cfg, guidance):
+    """{name: function of a `Held` pair -> picture}: every row of the first table."""
+    def autoencode(p):
+        y = m["vae"].decode(m["vae"].encode(pad_to(p.hq, 8)))
+        return y[:, :, :p.hq.shape[2], :p.hq.shape[3]]
+
+    def one(model, weight=1.0):
+        return lambda p: restore(model, m["estimator"], p.lq, cfg.scale, weight)
+    return {"bicubic": lambda p: upsample(p.lq, cfg.scale), "VAE": autoencode,
+            "ResShift": lambda p: sample(m["resshift"], m["vae"], p.lq, cfg.scale),
+            **{label: one(m[name]) for name, label in NAMES.items()},
+            "GenDR guided": one(m["gendr"], guidance),
+            "GenDR-Pix PadCFG": one(m["pix"], guidance)}
+
+
+# ---- 9. Real weights (skim) -- Stable Diffusion's, under diffusers' names ------------
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def read_autoencoder(path):
+    """An AutoencoderKL's state under today's names of diffusers."""
+    return {".".join(OLD_NAMES.get(part, part) for part in k.split(".")): v.float()
+            for k, v in read_weights(path).items()}
+
+
+def shapes_in(path):
+    """{setting: value}: widths, blocks and latent channels of an AutoencoderKL's file.
+
+    No shape tells the number of GroupNorm's groups: it is 32, diffusers' default.
+    """
+    state = read_autoencoder(path) if path else {}
+    widths = [state.get(f"encoder.down_blocks.{i}.resnets.0.conv1.weight") for i in
+              range(4)] + [state.get("decoder.conv_in.weight")]
+    if path and any(w is None for w in widths):
+        raise UserError(f"{path}: not an f = 8 AutoencoderKL")
+    return path and {
+        "vae_skip": False, "vae_groups": 32, "vae_widths": tuple(map(len, widths[:4])),
+        "vae_blocks": sum(k.startswith("encoder.down_blocks.0.") and k.endswith(
+            ".conv1.weight") for k in state), "latent_channels": widths[4].shape[1]} or {}
+
+
+@torch.no_grad()
+def start_from_stable_diffusion(prior, path, z_hq):
+    """Start the prior from a UNet2DConditionModel's weights (.safetensors).
+
+    Every key but conv_in and conv_out must fit.  Those two have k channels in the file
+    and C here.  With P the k principal axes of HQ latents z_hq (n, C, h, w):
+    conv_in'(y0) = conv_in(P (y0 - mean)) on y0's half of the input, and conv_out' =
+    mean + P^+ conv_out.  P keeps most of our latents' variance; nothing says that its
+    axes are Stable Diffusion's channels: training must make up for that.  For k = C
+    both are taken as they are.  Not in the paper.  SD predicts noise (or v).
+    """
+    unet, state = prior.unet, {k: v.float() for k, v in read_weights(path).items()}
+    names = [f"conv_{end}.{kind}" for end in ("in", "out") for kind in
+             ("weight", "bias")]
+    if any(name not in state for name in names):
+        raise UserError(f"{path}: no conv_in and conv_out: not a UNet2DConditionModel")
+    w_in, b_in, w_out, b_out = (state.pop(name).to(device()) for name in names)
+    fit_weights({k: v for k, v in unet.state_dict().items() if k not in names}, state,
+                path)
+    z = rearrange(z_hq, "b c h w -> (b h w) c")
+    k, c = w_in.shape[1], z.shape[1]
+    mean, down, up = 0 * z[0], torch.eye(c).to(z), torch.eye(c).to(z)
+    if k != c:
+        mean, (variance, axes) = z.mean(0), torch.linalg.eigh(torch.cov(z.T))
+        std, axes = variance[-k:].sqrt(), axes[:, -k:]         # (k,), (C, k)
+        down, up = (axes / std).T, axes * std                  # P and its inverse
+        print(f"resshift: {path}: {k} channels replaced by {c} along principal axes")
+    unet.conv_in.weight[:, :c] = 0
+    unet.conv_in.weight[:, c:] = torch.einsum("okxy,kc->ocxy", w_in, down)
+    unet.conv_in.bias.copy_(b_in - torch.einsum("okxy,kc,c->o", w_in, down, mean))
+    unet.conv_out.weight.copy_(torch.einsum("ck,kixy->cixy", up, w_out))
+    unet.conv_out.bias.copy_(up @ b_out + mean)
+
+
+# ---- 10. Time, memory, operations (skim) ---------------------------------------------
 class LiveBytes(TorchDispatchMode):
     """Peak bytes of tensors alive at once that were made inside the `with` block.
 
@@ -866,91 +902,52 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.seen, self.outside = 0, 0, set(), {}
+        self.now = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for storage in self.storages((args, kwargs)):
-            if id(storage) not in self.seen:                   # a weight, or the input
-                self.outside[id(storage)] = storage
+        def storages(tree):
+            return {s._cdata: s for s in (x.untyped_storage() for x in tree_leaves(tree)
+                                          if isinstance(x, torch.Tensor))}
+        given = storages((args, kwargs))
         out = func(*args, **(kwargs or {}))
-        for storage in self.storages(out):
-            self.track(storage)
+        for key, storage in storages(out).items():
+            if key not in given:
+                self.count(storage.nbytes())
+                weakref.finalize(storage, self.count, -storage.nbytes())
         return out
 
-    @staticmethod
-    def storages(tree):
-        """The storages of all tensors in nested tuples, lists and dictionaries."""
-        return [x.untyped_storage() for x in tree_leaves(tree)
-                if isinstance(x, torch.Tensor)]
-
-    def track(self, storage):
-        """Count a storage from its first appearance until it is freed."""
-        key, size = id(storage), storage.nbytes()
-        if key not in self.seen and key not in self.outside:
-            self.seen.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.forget, key, size)
-
-    def forget(self, key, size):
-        """A storage was freed."""
-        self.seen.discard(key)
-        self.now -= size
+    def count(self, size):
+        """A storage of this size was made, or (negative) freed."""
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 @torch.no_grad()
-def measure(function, repeats=5, budget=20.0):
+def measure(function, cfg, repeats=5, budget=20.0):
     """(milliseconds, peak bytes) of function(): median of `repeats` after a warm-up.
 
     Fewer repeats once they have taken `budget` seconds.  On CUDA the peak is the
     allocator's, above what was allocated before; on the CPU `LiveBytes`.
     """
-    cuda = device().type == "cuda"
-
-    def timed():
-        start = time.perf_counter()
+    cuda, seconds = device().type == "cuda", []
+    with autocast(cfg):
         function()
+        while len(seconds) < repeats and sum(seconds) < budget:
+            start = time.perf_counter()
+            function()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
         if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-    timed()
-    seconds = [timed()]
-    while len(seconds) < repeats and sum(seconds) < budget:
-        seconds.append(timed())
-    milliseconds = 1000 * sorted(seconds)[len(seconds) // 2]
-    if cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return milliseconds, torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as live:
-        function()
-    return milliseconds, live.peak
-
-
-def parameters_used(model, x, scores):
-    """How many parameters a forward pass touches: a folded LoRA's own do not count."""
-    used, hooks = {}, []
-
-    def note(module, *_):
-        used.update({id(p): p.numel() for p in module.parameters(recurse=False)})
-    for module in model.modules():
-        hooks.append(module.register_forward_hook(note))
-    model(x, scores)
-    for hook in hooks:
-        hook.remove()
-    return sum(used.values())
-
-
-def parts_of(model, size, scores):
-    """{"end in", "U-Net", "end out": function of nothing} of one pass; size: (H, W)."""
-    x = torch.zeros(1, 3, *size, device=device())
-    model.guide(scores)
-    h = model.end_in.encode(x)
-    z = model.step(h)
-    return {"end in": lambda: model.end_in.encode(x),
-            "U-Net": lambda: model.step(h),
-            "end out": lambda: model.end_out.decode(z)}
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            function()
+            peak = torch.cuda.max_memory_allocated() - before
+        else:
+            with LiveBytes() as live:
+                function()
+            peak = live.peak
+    return 1000 * sorted(seconds)[len(seconds) // 2], peak
 
 
 def macs(function, attention=True):
@@ -966,337 +963,106 @@ def macs(function, attention=True):
                ) // 2
 
 
-def untrained(cfg):
-    """{name: Restorer} of a preset with random weights.
+def parameters_used(model, x):
+    """How many parameters a folded forward pass touches: LoRA's own do not count."""
+    used = {}
 
-    Time, memory and counts do not depend on the weights.  Inside `with torch.device(
-    "meta")` nothing is allocated, and counting takes seconds at full size.
+    def note(module, *_):
+        used.update({id(p): p.numel() for p in module.parameters(recurse=False)})
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return sum(used.values())
+
+
+def parts_of(model, size):
+    """{"in", "U-Net", "out": function of nothing} of one folded pass; size: (H, W)."""
+    x = torch.zeros(1, 3, *size, device=device())
+    h = model.end_in.encode(x)
+    z = model.step(h)
+    return {"in": lambda: model.end_in.encode(x), "U-Net": lambda: model.step(h),
+            "out": lambda: model.end_out.decode(z)}
+
+
+def untrained(cfg):
+    """{chapter: Restorer} of a preset with random weights, which no count depends on.
+
+    Inside `with torch.device("meta")` nothing is allocated.
     """
-    cfg = dataclasses.replace(cfg, space="latent")
-    vae, prior = VAE(cfg), ResShift(cfg).requires_grad_(False)
-    gendr = gendr_from_prior(prior.to(device()), vae.to(device()), cfg)
-    adc = pixel_input(gendr, cfg)
-    models = {"GenDR": gendr, "GenDR-Adc": adc, "GenDR-Pix": pixel_output(adc, cfg)}
-    return {k: place(m.requires_grad_(False).eval()) for k, m in models.items()}
+    m = {"vae": place(VAE(cfg)), "resshift": place(ResShift(cfg)).requires_grad_(False)}
+    for name in NAMES:
+        m[name] = place(build(name, m, cfg)).requires_grad_(False).eval()
+    return {name: m[name] for name in NAMES}
 
 
 @torch.no_grad()
 def counts(cfg, size):
-    """{name: {"parameters", "macs", "guided": MACs with guidance}}; size: (H, W).
+    """{model: {"parameters", "one", "two"}}: G MACs of one pass and with guidance.
 
-    Counted on the meta device: convolutions and linear layers of the U-Net, and
-    everything in the VAE, with the attention in its middle; PadCFG's passes are 8
-    pixels larger each way.
+    Convolutions and linear layers of the U-Net, and everything in the VAE, with the
+    attention in its middle; PadCFG's passes are 8 pixels larger each way.
     """
     rows = {}
     with torch.device("meta"):
-        scores = torch.zeros(1, 2)
         for name, model in untrained(cfg).items():
-            fold(model, scores)
-            pixel = isinstance(model.end_out, PixelShuffle)
-
-            def count(n):
-                return {k: macs(f, attention=k != "U-Net")
-                        for k, f in parts_of(model, n, scores).items()}
-            one = count(size)
-            two = (2 * sum(count([n + 8 for n in size]).values()) if pixel
-                   else sum(one.values()) + one["U-Net"])
-            x = torch.zeros(1, 3, *size)
-            rows[name] = {"parameters": parameters_used(model, x, scores),
-                          "macs": sum(one.values()), "guided": two}
+            def count(size):
+                return {k: macs(f, attention=k != "U-Net") / 1e9 for k, f in
+                        parts_of(model, size).items()}
+            with folded(model, torch.zeros(1, 2)):
+                one, larger = count(size), count([n + 8 for n in size])
+                used = parameters_used(model, torch.zeros(1, 3, *size))
+            two = 2 * sum(larger.values()) if name == "pix" else sum(
+                one.values()) + one["U-Net"]
+            rows[NAMES[name]] = {"parameters": used / 1e6, "one": sum(one.values()),
+                                 "two": two}
     return rows
 
 
-PRINTED = {"GenDR": (933e6, None, 1637e9), "GenDR-Pix": (866e6, 344e9, 744e9)}
-
-
-def print_counts(rows, size):
-    """The table of `counts`, beside what GenDR-Pix prints for 512 x 512."""
-    def giga(n):
-        return f"{n / 1e9:9.1f}" if n else " " * 9
-    print(f"\n{size[1]}x{size[0]}: multiply-accumulates (G), and the paper's at "
-          "512x512")
-    print(f"{'':12s} {'parameters':>12s} {'one pass':>9s} {'guided':>9s}     "
-          f"{'paper: param.':>13s} {'one pass':>9s} {'guided':>9s}")
-    for name, row in rows.items():
-        paper = PRINTED.get(name, (None, None, None))
-        p = f"{paper[0] / 1e6:11.0f} M" if paper[0] else ""
-        print(f"{name:12s} {row['parameters'] / 1e6:10.2f} M {giga(row['macs'])} "
-              f"{giga(row['guided'])}     {p:>13s} {giga(paper[1])} {giga(paper[2])}")
-
-
 @torch.no_grad()
-def benchmark(models, size, details=True):
-    """{name: {"ms", "bytes", "parameters"}} of one pass, LoRA folded; size: (H, W).
+def benchmark(models, size):
+    """{row: {"ms", "MB", "faster", "memory", "share"}} of one pass; size: (H, W).
 
-    models: GenDR, GenDR-Adc, GenDR-Pix.  With details: a row for two passes as well,
-    the "share" of each part in one pass's time, and `lora_overhead`'s figures.
+    A row for one pass, folded, for two (guided), and for one with LoRA unfolded.
     """
     x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
     x, scores, rows = (2 * x - 1).to(device()), torch.zeros(1, 2, device=device()), {}
     for name, model in models.items():
-        def cast(function):
-            def run():
-                with autocast(model.unet.cfg):
-                    function()
-            return run
-        fold(model, scores)
-        parameters = parameters_used(model, x, scores)
-        passes = {name: lambda: model(x, scores)}
-        if details:
-            passes[name + " guided"] = lambda: guided(model, x, scores, 1.07)
-        for label, function in passes.items():
-            ms, peak = measure(cast(function))
-            rows[label] = {"ms": ms, "bytes": peak, "parameters": parameters}
-        if details:
-            parts = {k: measure(cast(f))[0] for k, f in
-                     parts_of(model, size, scores).items()}
-            rows[name]["share"] = {k: v / sum(parts.values()) for k, v in parts.items()}
-            rows[name] |= lora_overhead(model, x, scores)
-        unfold(model)
+        cfg = model.unet.cfg
+        with folded(model, scores):
+            one, two = (measure(f, cfg) for f in (
+                lambda: model(x), lambda: guided(model, x, 1.07)))
+            parts = [measure(f, cfg)[0] for f in parts_of(model, size).values()]
+        passes = {"": one, " guided": two,
+                  " unfolded": measure(lambda: model(x, scores), cfg)}
+        for suffix, (ms, peak) in passes.items():
+            row = rows[NAMES[name] + suffix] = {"ms": ms, "MB": peak / 1e6}
+            base = rows["GenDR" + suffix]
+            row |= {"faster": base["ms"] / ms, "memory": row["MB"] / base["MB"] - 1}
+        rows[NAMES[name]]["share"] = " / ".join(f"{p / sum(parts):.0%}" for p in parts)
     return rows
-
-
-def lora_overhead(model, x, scores, rounds=7, budget=60.0):
-    """Milliseconds of a pass with LoRA unfolded, folded and taken out, and of folding.
-
-    Medians of passes in turns, so that a machine that slows down slows all alike; fewer
-    rounds once they have taken `budget` seconds.  Leaves the model unfolded.
-    """
-    unfold(model)
-    folded, bare, started = model.copy(share=True), without_lora(model), time.time()
-
-    def run(restorer):
-        with autocast(model.unet.cfg):
-            restorer(x, scores)
-    moves = {"unfolded ms": lambda: run(model), "fold ms": lambda: fold(folded, scores),
-             "folded ms": lambda: run(folded), "plain ms": lambda: run(bare)}
-    times = {name: [] for name in moves}
-    while len(times["plain ms"]) < rounds and time.time() - started < budget:
-        for name, move in moves.items():
-            begin = time.perf_counter()
-            move()
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            times[name].append(1000 * (time.perf_counter() - begin))
-    return {name: sorted(v)[len(v) // 2] for name, v in times.items()}
 
 
 def print_benchmark(rows, size):
-    """The table of `benchmark`, with ratios to GenDR at the same number of passes."""
-    print(f"\n{size[1]}x{size[0]} output, {device()}, {torch.get_num_threads()} "
-          "threads; LoRA folded; ratios to GenDR, like for like")
-    print(f"{'':18s} {'parameters':>11s} {'ms':>9s} {'peak MB':>9s} {'faster':>8s} "
-          f"{'memory':>8s}   in / U-Net / out")
-    for name, row in rows.items():
-        base = rows["GenDR guided" if "guided" in name else "GenDR"]
-        share = " / ".join(f"{v:.0%}" for v in row.get("share", {}).values())
-        print(f"{name:18s} {row['parameters'] / 1e6:9.2f} M {row['ms']:9.1f} "
-              f"{row['bytes'] / 1e6:9.1f} {base['ms'] / row['ms']:7.2f}x "
-              f"{row['bytes'] / base['bytes'] - 1:+8.0%}   {share}")
-    for name, row in rows.items():
-        if "fold ms" in row:
-            before, after = (row[k] / row["plain ms"] - 1
-                             for k in ("unfolded ms", "folded ms"))
-            print(f"{name}: LoRA's overhead on a pass {before:+.0%} unfolded, "
-                  f"{after:+.0%} folded; folding, once an image, takes "
-                  f"{row['fold ms']:.1f} ms")
+    """The table of `benchmark`."""
+    print_table(f"{size[1]}x{size[0]}, {device()}, {torch.get_num_threads()} threads",
+                rows, {"ms": ("ms", ".1f"), "MB": ("peak MB", ".1f"),
+                       "faster": ("faster", ".2f"), "memory": ("memory", "+.0%"),
+                       "share": ("in / U-Net / out", "")})
 
 
-def growth(models, sizes):
-    """Time and memory of one pass at several sizes, and their exponents in pixels.
-
-    The exponent is the slope of a least-squares line through log(pixels), log(value);
-    returns {(name, "ms" or "bytes"): exponent}.
-    """
-    exponents = {}
-    print(f"\n{'one pass':18s} " + " ".join(f"{n:>6d}^2" for n in sizes)
-          + "   exponent in pixels")
-    rows = [benchmark(models, (n, n), details=False) for n in sizes]
-    for name in models:
-        for key, unit, scale in (("ms", "ms", 1), ("bytes", "MB", 1e-6)):
-            values = [row[name][key] * scale for row in rows]
-            slope = least_squares(*(torch.tensor(v).log()[:, None] for v in (
-                [float(n * n) for n in sizes], values)), ridge=0)[0].item()
-            exponents[name, key] = slope
-            print(f"{name:12s} {unit:5s} " + " ".join(f"{v:8.0f}" for v in values)
-                  + f"   {slope:.2f}")
-    return exponents
-
-
-def stage_turns(cfg):
-    """(stage, its turns, all networks in memory), chapters 1 to 4, for `training`."""
-    vae, prior = VAE(cfg).requires_grad_(False), ResShift(cfg)
-    with torch.device("cpu"):
-        lpips = Perceptual(cfg.lpips_net)
-    lpips, vae, prior = (m.to(device()) for m in (lpips, vae, prior))
-    alive = [lpips, vae, prior]
-    yield "resshift", prior_turns(prior, cfg), alive
-    prior.requires_grad_(False)
-    gendr = gendr_from_prior(prior, vae, cfg)
-    alive.append(gendr)
-    yield "gendr", gendr_turns(prior, gendr, cfg), alive
-    adc = pixel_input(gendr.requires_grad_(False), cfg)
-    alive.append(adc)
-    yield "adc", adc_turns(gendr, adc, cfg), alive
-    pix = pixel_output(adc.requires_grad_(False), cfg)
-    alive.append(pix)
-    yield "pix", pix_turns(adc, pix, lpips, cfg), alive
-
-
-def training(cfg, real=False):
-    """Bytes of one training step of each big stage: {stage: {"state", "activations"}}.
-
-    The VAE's and the estimator's own stages, which are smaller, are left out.  state:
-    the weights of every network in memory (those of earlier chapters stay), and for
-    what is trained AdamW's two moments, and the average.  activations: the largest peak
-    of a turn's forward and backward pass, gradients included.  All in fp32 and without
-    computing anything, on the meta device; bf16 autocast halves most activations and
-    adds copies of the weights.  real: the same count while this device computes.
-    """
-    cfg = dataclasses.replace(cfg, space="latent")
-    rows, rng = {}, torch.Generator().manual_seed(0)
-    n, c, hw, lw = cfg.batch, cfg.latent_channels, cfg.crop // 8, cfg.crop // cfg.scale
-    shapes = {"hq": (3, cfg.crop, cfg.crop), "lq_up": (3, cfg.crop, cfg.crop),
-              "lq": (3, lw, lw), "z_hq": (c, hw, hw), "z_lq": (c, hw, hw),
-              "z_tea": (c, hw, hw), "y_tea": (3, cfg.crop, cfg.crop), "estimate": (2,)}
-    where = device() if real else torch.device("meta")
-    with torch.device(where):
-        stages = stage_turns(cfg)
-        for name, turns, alive in stages:
-            weights, trained = {}, 0
-            for turn in turns:
-                turn.start(cfg)
-                trained += sum(p.numel() for p in turn.parameters)
-                modules = (*alive, turn.module, *getattr(turn.module, "backbone", ()))
-                weights |= {id(p): p.numel() for m in modules for p in m.parameters()}
-            batch = {k: torch.rand(n, *shape) for k, shape in shapes.items()}
-            peaks = []
-            for turn in turns:
-                with frozen([t.module for t in turns if t is not turn]):
-                    with torch.device("cpu"), autocast(cfg), LiveBytes() as live:
-                        sum(turn.losses(batch, rng).values()).backward()
-                    peaks.append(live.peak)
-                if real:
-                    turn.optimizer.step()
-                turn.optimizer.zero_grad(set_to_none=True)
-            average = sum(p.numel() for p in turns[0].parameters)
-            rows[name] = {"state": 4 * (sum(weights.values()) + 2 * trained + average),
-                          "activations": max(peaks)}
-    return rows
-
-
-def print_training(rows, cfg, real):
-    """The table of `training`, in GB."""
-    how = f"really taken on {device()}" if real else "estimate"
-    print(f"\none training step, batch {cfg.batch}, crop {cfg.crop}, fp32, {how}")
-    print(f"{'stage':10s} {'state GB':>9s} {'activations GB':>15s} {'sum GB':>8s}")
-    for name, row in rows.items():
-        a, b = row["state"] / 1e9, row["activations"] / 1e9
-        print(f"{name:10s} {a:9.2f} {b:15.2f} {a + b:8.2f}")
-
-
-# ---- 9. Evaluation and report (skim) -------------------------------------------------
-
-
+# ---- 11. Evaluation and report (skim) ------------------------------------------------
 @torch.no_grad()
-def rank_correlations(estimator, pairs, cfg, draws=24):
+def rank_correlations(estimator, held, cfg, draws=24):
     """{"blur", "noise"}: Spearman's, estimate against truth, on new degradations.
 
     Every held-out photo is degraded `draws` times with seeds of their own.
     """
-    true, guess = [], []
-    for i in range(draws * len(pairs)):
-        rng = torch.Generator().manual_seed(20_000 + i)
-        lq, scores = degrade(pairs[i % len(pairs)].hq, cfg, rng)
-        true.append(scores)
-        guess.append(estimator(lq.to(device())).cpu())
-    true, guess = torch.cat(true), torch.cat(guess)
-    return {n: spearman(true[:, i], guess[:, i]) for i, n in enumerate(SCORES)}
-
-
-@torch.no_grad()
-def ordered_pairs(estimator, pairs):
-    """{"blur", "noise"}: the share of pairs that it orders, differing in one alone.
-
-    Every held-out photo, shrunk by 4, climbs a ladder: Gaussian blur of 0.4, 0.8, 1.2
-    pixels (at noise 2/255), and noise of 2, 6, 12 / 255 (at blur 0.4).
-    """
-    right = {name: [] for name in SCORES}
-    for i, pair in enumerate(pairs):
-        clean = F.interpolate(to_unit(pair.hq.cpu()), scale_factor=0.25, mode="area")
-        noise = noise_like(clean, torch.Generator().manual_seed(30_000 + i))
-
-        def steps(axis, ladder):
-            seen = [estimator((2 * (blur(clean, gaussian_kernel(
-                21, b, b, 0.0, "iso", 1.0)) + n / 255 * noise).clamp(0, 1) - 1)
-                .to(device()))[0, axis].item() for b, n in ladder]
-            right[SCORES[axis]] += [b > a for a, b in zip(seen, seen[1:])]
-        steps(0, [(0.4, 2), (0.8, 2), (1.2, 2)])
-        steps(1, [(0.4, 2), (0.4, 6), (0.4, 12)])
-    return {name: sum(v) / len(v) for name, v in right.items()}
-
-
-def sharpness(y):
-    """Mean length of the luma's gradient, grey levels of 255 a pixel: (B,).
-
-    Forward differences on images in [-1, 1].  It needs no reference, and noise raises
-    it as well as detail: read it beside LPIPS.
-    """
-    grey = 255 * luma(to_unit(y))
-    dy = grey[:, :, 1:, :-1] - grey[:, :, :-1, :-1]
-    dx = grey[:, :, :-1, 1:] - grey[:, :, :-1, :-1]
-    return (dx ** 2 + dy ** 2).sqrt().mean((1, 2, 3))
-
-
-GUIDANCE = (0.9, 1.0, 1.07, 1.15, 1.3)
-
-
-def guidance_table(m, pairs, lpips, cfg):
-    """PSNR and LPIPS of both models over the weight w of out = neg + w (pos - neg).
-
-    GenDR mixes latents, GenDR-Pix pictures (PadCFG); w = 1 is one plain pass.
-    """
-    table = {}
-    for name, model in (("GenDR", m.gendr), ("GenDR-Pix", m.pix)):
-        for w in GUIDANCE:
-            def method(p):
-                return restore(model, m.estimator, p.lq, cfg.scale, w)
-            row = evaluate({"": method}, pairs, lpips)[""]
-            table[f"{name} {w}"] = {k: row[k] for k in ("psnr", "lpips")}
-    print("\nguidance w            " + " ".join(f"{w:7.2f}" for w in GUIDANCE))
-    for name in ("GenDR", "GenDR-Pix"):
-        for key, digits in (("psnr", 2), ("lpips", 4)):
-            print(f"{name + ' ' + key.upper():21s} " + " ".join(
-                f"{table[f'{name} {w}'][key]:7.{digits}f}" for w in GUIDANCE))
-    return table
-
-
-def draw_scores(model, estimator, pair, cfg, file, crop=160):
-    """One photo restored along a grid of scores: blur to the right, noise downwards."""
-    from matplotlib.figure import Figure
-    values = (0.0, 0.33, 0.67, 1.0)
-    figure = Figure(figsize=(13, 11), dpi=80, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 4))
-    guess = estimator(pair.lq)[0].tolist()
-    own = restore(model, estimator, pair.lq, cfg.scale)
-    shown = {"bicubic": upsample(pair.lq, cfg.scale), "HQ": pair.hq,
-             f"estimated: {guess[0]:.2f}, {guess[1]:.2f}": own}
-
-    def show(axis, y, title):
-        top, side = (max(0, n - crop) // 2 for n in y.shape[2:])
-        axis.imshow(to_pil(y[:, :, top:top + crop, side:side + crop]))
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(title, fontsize=13)
-    for axis, (title, y) in zip(left.subplots(3, 1), shown.items()):
-        show(axis, y, title)
-    for row, noise in zip(right.subplots(4, 4), values):
-        for axis, width in zip(row, values):
-            scores = torch.tensor([[width, noise]], device=device())
-            y = restore(model, estimator, pair.lq, cfg.scale, scores=scores)
-            show(axis, y, f"blur {width}, noise {noise}")
-    right.suptitle("restored with the scores set by hand", fontsize=16)
-    write_file(file, lambda p: figure.savefig(p, format="png"))
+    found = [degrade(held[i % len(held)].hq, cfg, torch.Generator().manual_seed(
+        20_000 + i)) for i in range(draws * len(held))]
+    guess = torch.cat([estimator(lq.to(device())).cpu() for lq, _ in found])
+    true = torch.cat([scores for _, scores in found])
+    return {n: spearman(t, g) for n, t, g in zip(("blur", "noise"), true.T, guess.T)}
 
 
 def spearman(a, b):
@@ -1305,236 +1071,182 @@ def spearman(a, b):
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
-@dataclass(frozen=True)
-class Check:
-    """One row of the final table: a number, the floor PASS needs, the bar we aim at."""
-    name: str
-    value: float
-    floor: float                         # nan: no floor
-    bar: float
-    unit: str = ""
-
-    def reached(self, limit):
-        """All limits are lower limits; nan asks for nothing."""
-        return math.isnan(limit) or self.value >= limit
-
-
-def checks(table, bench, lattice):
-    """The papers' claims as numbers of this run: a list of `Check`s.
+def checks(t, bench, lattice):
+    """{claim: (measured, unit, floor, bar)}: the papers' claims as numbers of this run;
+    all limits are lower limits, nan asks for nothing.
 
     GenDR-Pix prints 2.8x and 60 % for PadCFG against GenDR, which is guided too; here
     both are asked like for like, with guidance (a bar) and without (also a floor).
     """
-    nan, rows, t = math.nan, [], table
-    rows.append(Check("VAE reconstruction", t["VAE"]["psnr"], 28, 30, "dB"))
+    nan, better = math.nan, 1e-9         # "better" is strictly more than 0
 
-    def versus(name, base, floor, bar):
-        rows.append(Check(f"{name}, PSNR over {base}",
-                          t[name]["psnr"] - t[base]["psnr"], floor, bar, "dB"))
+    def versus(name, base, *limits):
+        return {f"{name}, PSNR over {base}": (t[name]["psnr"] - t[base]["psnr"], "dB",
+                                              *limits)}
 
-    def lpips(name, base, floor, bar):
-        change = 100 * (1 - t[name]["lpips"] / t[base]["lpips"])
-        rows.append(Check(f"{name}, LPIPS lower than {base} by", change, floor, bar,
-                          "%"))
-    tiny = 1e-9                          # "better" is strictly more than 0
-    versus("ResShift", "bicubic", tiny, tiny)
-    lpips("ResShift", "bicubic", nan, tiny)
-    versus("GenDR", "bicubic", 0.3, 0.7)
-    lpips("GenDR", "bicubic", tiny, tiny)
+    def lpips(name, base, *limits):
+        return {f"{name}, LPIPS lower than {base} by": (
+            100 * (1 - t[name]["lpips"] / t[base]["lpips"]), "%", *limits)}
+    rows = {"VAE reconstruction": (t["VAE"]["psnr"], "dB", 28, 30)}
+    rows |= versus("ResShift", "bicubic", better, better)
+    rows |= lpips("ResShift", "bicubic", nan, better)
+    rows |= versus("GenDR", "bicubic", 0.3, 0.7)
+    rows |= lpips("GenDR", "bicubic", better, better)
     for name in ("GenDR-Adc", "GenDR-Pix"):
-        versus(name, "bicubic", tiny, tiny)
-        versus(name, "GenDR", -0.3, -0.3)
-        lpips(name, "GenDR", nan, -5)
-    for suffix, floor in (("", True), (" guided", False)):
-        a, b = bench["GenDR" + suffix], bench["GenDR-Pix" + suffix]
-        rows.append(Check(f"Pix{suffix} faster than GenDR{suffix}", a["ms"] / b["ms"],
-                          2.8 if floor else nan, 2.8, "x"))
-        rows.append(Check(f"Pix{suffix} peak memory below GenDR{suffix}",
-                          100 * (1 - b["bytes"] / a["bytes"]), 60 if floor else nan, 60,
-                          "%"))
-    rows.append(Check("8x8 lattice energy, HQ over Pix", lattice["HQ"] / lattice["Pix"],
-                      nan, 1, "x"))
+        rows |= versus(name, "bicubic", better, better)
+        rows |= versus(name, "GenDR", -0.3, -0.3) | lpips(name, "GenDR", nan, -5)
+    for suffix in ("", " guided"):
+        row = bench["GenDR-Pix" + suffix]
+        rows[f"Pix{suffix} faster than GenDR{suffix}"] = (row["faster"], "x", nan, 2.8)
+        rows[f"Pix{suffix} peak memory below GenDR{suffix}"] = (
+            -100 * row["memory"], "%", nan if suffix else 60, 60)
+    rows["8x8 lattice energy, HQ over Pix"] = (lattice["HQ"] / lattice["Pix"], "x", nan,
+                                               1)
     return rows
 
 
 def print_checks(rows):
     """Every row with its number, its floor and its bar; True if all floors hold."""
-    def limit(value):
-        return "" if math.isnan(value) else f">= {value:.1f}"
-    print(f"\n{'claim':44s} {'measured':>11s}  {'floor':>8s}       {'bar':>8s}")
-    for r in rows:
-        marks = ["" if math.isnan(x) else "ok" if r.reached(x) else "MISSED"
-                 for x in (r.floor, r.bar)]
-        print(f"{r.name:44s} {r.value:8.3f} {r.unit:2s}  {limit(r.floor):>8s} "
-              f"{marks[0]:6s}{limit(r.bar):>8s} {marks[1]}")
-    return all(r.reached(r.floor) for r in rows)
+    def limit(value, x):
+        return "" if math.isnan(x) else f">= {x:.1f} {'ok' if value >= x else 'MISSED'}"
+    print_table("claim", {name: {"measured": f"{value:.3f} {unit:2s}", "floor": limit(
+        value, floor), "bar": limit(value, bar)} for name, (value, unit, floor, bar) in
+        rows.items()}, {k: (k, "") for k in ("measured", "floor", "bar")})
+    return not any(value < floor for value, _, floor, _ in rows.values())
 
 
-def draw_report(table, pairs, lpips_name, file, crop=112, rows=6):
+def draw_report(table, held, lpips, file, crop=112, rows=6):
     """report.png: a row a photo, a column a method, PSNR / LPIPS below each."""
     from matplotlib.figure import Figure
-    columns = ["LQ", "bicubic", "ResShift", "GenDR", "GenDR-Adc", "GenDR-Pix", "HQ"]
-    pairs = pairs[:rows]
-    figure = Figure(figsize=(1.75 * len(columns), 2.0 * len(pairs) + 0.5), dpi=100)
-    axes = figure.subplots(len(pairs), len(columns), squeeze=False)
-    for i, pair in enumerate(pairs):
-        scale = pair.hq.shape[2] // pair.lq.shape[2]
-        top, left = (max(0, n - crop) // 2 // scale * scale
-                     for n in pair.hq.shape[2:])
-        for axis, name in zip(axes[i], columns):
-            if name == "LQ":
-                picture, label = F.interpolate(pair.lq, scale_factor=scale), pair.name
-            elif name == "HQ":
-                picture, label = pair.hq, "PSNR / LPIPS"
-            else:
-                picture, each = table[name]["pictures"][i], table[name]["each"][i]
-                label = f"{each['psnr']:.2f} / {each['lpips']:.3f}"
-            cut = picture[:, :, top:top + crop, left:left + crop]
-            axis.imshow(to_pil(cut), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.set_xlabel(label, fontsize=8)
-            if i == 0:
-                axis.set_title(name, fontsize=10)
-    figure.suptitle(f"Held-out photos, x{scale}, PSNR (dB) / {lpips_name}", fontsize=10)
-    figure.tight_layout()
-    write_file(file, lambda p: figure.savefig(p, format="png"))
+    columns = ["bicubic", "ResShift", *NAMES.values()]
+    figure = Figure(figsize=(14, 2.2 * len(held[:rows])), layout="constrained")
+    axes = figure.subplots(len(held[:rows]), len(columns) + 2, squeeze=False)
+    for i, (line, pair) in enumerate(zip(axes, held)):
+        top, left = (max(0, n - crop) // 2 for n in pair.hq.shape[2:])
+
+        def cut(x):
+            return x[:, :, top:top + crop, left:left + crop]
+        lq = F.interpolate(pair.lq, pair.hq.shape[2:])
+        show(line[0], cut(lq), "" if i else "LQ", pair.name)
+        show(line[-1], cut(pair.hq), "" if i else "HQ", f"PSNR / {lpips.name}")
+        for axis, name in zip(line[1:], columns):
+            each = table[name]["each"][i]
+            show(axis, cut(table[name]["pictures"][i]), "" if i else name,
+                 f"{each['psnr']:.2f} / {each['lpips']:.3f}")
+    write_file(file, lambda path: figure.savefig(path, format="png"))
 
 
-# ---- 10. All chapters, one after the other (read) ------------------------------------
-
-
-@dataclass
-class Models:
-    """What a finished run holds."""
-    end: object
-    prior: nn.Module
-    estimator: nn.Module
-    gendr: Restorer
-    adc: Restorer
-    pix: Restorer
-
-
-def train_all(run, pairs, lpips):
-    """Chapters 1 to 4: train what is missing, resume what was interrupted.
-
-    Score and adversarial losses need not fall while the pictures get better, so every
-    chapter is watched by PSNR and LPIPS, beside bicubic's and the prior's.
-    """
-    cfg, pool = run.cfg, Pool(run.cfg)
-    end, prior = chapter_one(run, pool, pairs)
-
-    def stage(name, build, turns, steps, pool=pool, watch=None):
-        return chapter(run, name, build, lambda m: train(
-            run, name, turns(m), pool, steps, watch and (lambda: watch(m))))
-    estimator = stage("estimator", lambda: DegradationEstimator(cfg),
-                      lambda m: estimator_turns(m, cfg), cfg.estimator_steps,
-                      pool.with_batch(cfg.estimator_batch))
-    pool.add("estimate", lambda rows: estimator(rows["lq"]))
-    watch = watcher(prior, end, estimator, pairs, lpips, cfg)
-
-    def some():
-        """Rows for a least-squares start: 128 crops of 128, fewer larger ones."""
-        most = max(1, 128 ** 3 // cfg.crop ** 2)
-        return pool.rows(torch.arange(min(len(pool), most)))
-    gendr = stage("gendr", lambda: gendr_from_prior(prior, end, cfg),
-                  lambda m: gendr_turns(prior, m, cfg), cfg.gendr_steps, watch=watch)
-    pool.add("z_tea", gendr.latent)
-    adc = stage("adc", lambda: pixel_input(gendr, cfg, some()),
-                lambda m: adc_turns(gendr, m, cfg), cfg.adc_steps, watch=watch)
-    pool.add("y_tea", lambda rows: end.decode(rows["z_tea"]))
-    pix = stage("pix", lambda: pixel_output(adc, cfg, some()),
-                lambda m: pix_turns(adc, m, lpips, cfg), cfg.pix_steps, watch=watch)
-    return Models(end, prior, estimator, gendr, adc, pix)
-
-
-def watcher(prior, end, estimator, pairs, lpips, cfg):
-    """watch(model) -> PSNR and LPIPS on the held-out photos, of model and what it is
-    measured by: bicubic and the prior, which are computed at the first call."""
-    def figures(name, method):
-        # Restored once, measured twice: pictures by the pair's name.
-        done = {p.name: method(p) for p in pairs}
-        return {f"{name} psnr": mean_psnr(lambda p: done[p.name], pairs),
-                f"{name} lpips": mean_lpips(lambda p: done[p.name], pairs, lpips)}
-
-    @lru_cache(maxsize=1)
-    def fixed():
-        return (figures("bicubic", lambda p: upsample(p.lq, cfg.scale))
-                | figures("prior", lambda p: sample(prior, end, p.lq, cfg)))
-
-    def watch(model):
-        now = figures("val", lambda p: restore(model, estimator, p.lq, cfg.scale))
-        return now | fixed()
-    return watch
-
-
-def load_all(folder):
-    """(cfg, Models) of a finished run."""
-    cfg, end, prior = load_chapter_one(folder)
-
-    def load(name, model):
-        model = load_weights(model, Path(folder) / f"{name}.safetensors")
-        return place(model.requires_grad_(False).eval())
-    estimator = load("estimator", DegradationEstimator(cfg))
-    gendr = load("gendr", gendr_from_prior(prior, end, cfg))
-    adc = load("adc", pixel_input(gendr, cfg))
-    pix = load("pix", pixel_output(adc, cfg))
-    return cfg, Models(end, prior, estimator, gendr, adc, pix)
-
-
-def methods_of(m, cfg):
-    """{name: function of a `Held` pair -> picture}: every row of the first table."""
-    def one(model, weight=1.0):
-        return lambda p: restore(model, m.estimator, p.lq, cfg.scale, weight)
-
-    def autoencode(p):
-        with torch.no_grad():
-            y = m.end.decode(m.end.encode(pad_to(p.hq, m.end.factor)))
-        return y[:, :, :p.hq.shape[2], :p.hq.shape[3]]
-    return {
-        "bicubic": lambda p: upsample(p.lq, cfg.scale),
-        "VAE": autoencode,
-        "ResShift": lambda p: sample(m.prior, m.end, p.lq, cfg),
-        "GenDR": one(m.gendr), "GenDR-Adc": one(m.adc), "GenDR-Pix": one(m.pix),
-        "GenDR guided": one(m.gendr, cfg.guidance),
-        "GenDR-Pix PadCFG": one(m.pix, cfg.guidance)}
-
-
-def report(folder, cfg, models, pairs, lpips, size):
+def report(run, m, held, lpips, size, guidance):
     """Evaluate, measure, draw; write metrics.json and report.png; True if PASS."""
-    m, table = models, evaluate(methods_of(models, cfg), pairs, lpips)
-    print_table(table, lpips.name)
-    ranks = rank_correlations(m.estimator, pairs, cfg)
+    table = evaluate(methods_of(m, run.cfg, guidance), held, lpips)
+    print_table("held-out pictures, mean", table, quality(lpips))
+    ranks = rank_correlations(m["estimator"], held, run.cfg)
     print("\nestimator, rank correlation with the truth: "
           + ", ".join(f"{k} {v:.2f}" for k, v in ranks.items()))
-    order = ordered_pairs(m.estimator, pairs)
-    print("pairs that differ in one factor, in the right order: "
-          + ", ".join(f"{k} {v:.0%}" for k, v in order.items()))
-    guidance = guidance_table(m, pairs, lpips, cfg)
-    bench = benchmark({"GenDR": m.gendr, "GenDR-Adc": m.adc, "GenDR-Pix": m.pix}, size)
+    bench = benchmark({name: m[name] for name in NAMES}, size)
     print_benchmark(bench, size)
-    lattice = {"HQ": [lattice_energy(p.hq) for p in pairs],
+    lattice = {"HQ": [lattice_energy(p.hq) for p in held],
                "Pix": [lattice_energy(y) for y in table["GenDR-Pix"]["pictures"]]}
     lattice = {k: torch.cat(v).mean().item() for k, v in lattice.items()}
     rows = checks(table, bench, lattice)
     passed = print_checks(rows)
-    metrics = {"lpips": lpips.name, "device": str(device()), "torch": torch.__version__,
-               "seed": cfg.seed, "estimator": ranks, "ordered": order,
-               "guidance": guidance, "lattice": lattice, "benchmark": bench,
-               "table": {k: {n: v for n, v in row.items() if n != "pictures"}
-                         for k, row in table.items()},
-               "checks": [{"name": r.name, "value": r.value, "unit": r.unit,
-                           "floor": r.reached(r.floor), "bar": r.reached(r.bar)}
-                          for r in rows]}
-    write_file(Path(folder) / "metrics.json", json.dumps(metrics, indent=1))
-    draw_report(table, pairs, lpips.name, Path(folder) / "report.png")
+    write_file(run.folder / "metrics.json", json.dumps({
+        "lpips": lpips.name, "device": str(device()), "torch": torch.__version__,
+        "seed": run.cfg.seed, "estimator": ranks, "lattice": lattice,
+        "benchmark": bench, "table": {k: {n: v for n, v in row.items() if n !=
+                                          "pictures"} for k, row in table.items()},
+        "checks": {k: {"value": v, "unit": unit, "floor": not v < floor,
+                       "bar": not v < bar} for k, (v, unit, floor, bar) in
+                   rows.items()}}, indent=1))
+    draw_report(table, held, lpips, run.folder / "report.png")
     return passed
+
+
+def show(axis, picture, title="", below=""):
+    """A picture (1, 3, H, W) in [-1, 1] on a matplotlib axis, without ticks."""
+    axis.imshow(to_pil(picture), interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=12)
+    axis.set_xlabel(below, fontsize=10)
+
+
+def draw_chain(pair, cfg, file):
+    """The lecture's figure, without training: sqrt(eta_t) for several p, and a row of
+    x_t in pixel space for several kappa, under the same noise."""
+    from matplotlib.figure import Figure
+    kappas, ends = (0.5, 2.0, 8.0), (cfg.eta_1 or None, cfg.eta_T)
+    times = sorted({1 + round(i * (cfg.steps - 1) / 5) for i in range(6)})
+    page = Figure(figsize=(12, 11), dpi=80, layout="constrained")
+    top, bottom = page.subfigures(2, 1, height_ratios=(1, 1.7))
+    axis = top.subplots()
+    for p in (0.3, 0.5, 1.0, 2.0):
+        eta = ResidualShift(cfg.steps, cfg.kappa, p, *ends).eta[1:]
+        axis.plot(range(1, cfg.steps + 1), eta.sqrt(), "o-", label=f"p = {p}")
+    axis.set(xlabel="t", ylabel="sqrt(eta_t)",
+             title=f"The shifting schedule, T = {cfg.steps}, kappa = {cfg.kappa:g}")
+    axis.legend()
+    x0, y0 = pair.hq.cpu(), upsample(pair.lq, cfg.scale).cpu()
+    noise = noise_like(x0, torch.Generator().manual_seed(0))
+    for row, kappa in zip(bottom.subplots(len(kappas), len(times)), kappas):
+        chain = ResidualShift(cfg.steps, kappa, cfg.power, *ends)
+        for axis, t in zip(row, times):
+            show(axis, chain.q_sample(x0, y0, torch.tensor([t]), noise),
+                 f"kappa {kappa:g}, t = {t}")
+    write_file(file, lambda path: page.savefig(path, format="png"))
+
+
+def draw_scores(m, pair, cfg, file, crop=160):
+    """One photo restored along a grid of scores: blur to the right, noise downwards."""
+    from matplotlib.figure import Figure
+    values = (0.0, 0.33, 0.67, 1.0)
+    figure = Figure(figsize=(11, 11), dpi=80, layout="constrained")
+    top, left = (max(0, n - crop) // 2 for n in pair.hq.shape[2:])
+    for row, noise in zip(figure.subplots(4, 4), values):
+        for axis, width in zip(row, values):
+            y = restore(m["pix"], m["estimator"], pair.lq, cfg.scale,
+                        scores=torch.tensor([[width, noise]], device=device()))
+            show(axis, y[:, :, top:top + crop, left:left + crop],
+                 f"blur {width}, noise {noise}")
+    guess = m["estimator"](pair.lq)[0].tolist()
+    figure.suptitle(f"{pair.name}; the estimator says {guess[0]:.2f}, {guess[1]:.2f}")
+    write_file(file, lambda path: figure.savefig(path, format="png"))
+
+
+# ---- 12. Rows that differ in Config alone (skim) -- comparison and ablation ----------
+
+
+COMPARED = {                             # all with the paper's eta_1 and eta_T
+    "kappa 2, p 0.3 (paper)": {},
+    "weaker noise, kappa 0.5": dict(kappa=0.5),
+    "stronger noise, kappa 8": dict(kappa=8.0),
+    "slower shifting, p 1": dict(power=1.0),
+    "faster shifting, p 0.1": dict(power=0.1),
+    "from noise: kappa 40, p 0.8": dict(kappa=40.0, power=0.8),
+    "T = 4": dict(steps=4),
+}
+
+
+def compare(run, pairs, held, lpips):
+    """One prior a row of COMPARED, on one VAE, with one budget and seed: all rows start
+    from the same weights and see the same batches, t and noise (T = 4 its own t).
+
+    Prints the table with ms a picture.  Interrupted, it goes on with the row it was in.
+    """
+    end = chapter_end(run, pairs)
+    methods = {"bicubic": lambda p: upsample(p.lq, run.cfg.scale)}
+    for i, (name, change) in enumerate(COMPARED.items()):
+        row = run.part(f"row{i}", ["vae"], **(dict(eta_1=0.0, eta_T=0.999) | change))
+        prior = chapter_prior(row, pairs)
+        methods[name] = lambda p, prior=prior: sample(prior, end, p.lq, run.cfg.scale)
+    table = evaluate(methods, held, lpips)
+    print_table("held-out pictures, mean", table, quality(lpips))
+    return table
 
 
 def variant(adapter="guided", distill="none", adversary=False, **change):
     """What a row of ABLATED changes: all that rows differ in, whatever the run has."""
-    return dict(adapter=adapter, distill=distill, eta_1=0.0, eta_T=0.999,
-                lambda_cid_adv=Config.lambda_cid_adv if adversary else 0.0,
-                negative=Config.negative) | change
+    return dict(adapter=adapter, distill=distill, negative=Config.negative,
+                lambda_cid_adv=Config.lambda_cid_adv if adversary else 0.0) | change
 
 
 ABLATED = {                              # chapter 2: what of GenDR does what
@@ -1550,196 +1262,174 @@ ABLATED = {                              # chapter 2: what of GenDR does what
 }
 
 
-def ablate(run, models, pairs, lpips, seeds=3):
-    """A GenDR a row of ABLATED and a seed, on a finished run's VAE and estimator.
+def ablate(run, m, pairs, held, lpips, steps=None, seeds=3):
+    """A GenDR a row of ABLATED and a seed, on a finished run's chapters before it.
 
-    The prior is trained anew with the paper's eta_1, whatever the run has: only a prior
-    that looks at x_t has scores to distil.  All rows have one budget, cfg.ablate_steps,
-    and the same seeds: start and batches.  Prints mean and standard deviation over the
-    seeds, and writes table.json.  Interrupted, it goes on with the row it was in.
+    All rows have one budget, cfg.ablate_steps, and the same seeds: start and batches.
+    Prints mean and standard deviation over the seeds, and writes table.json.
+    Interrupted, it goes on with the row it was in.
     """
-    m, cfg, pool, table = models, run.cfg, Pool(run.cfg), {}
-    pool.add("z_hq", lambda rows: m.end.encode(rows["hq"]))
-    pool.add("z_lq", lambda rows: m.end.encode(rows["lq_up"]))
-    pool.add("estimate", lambda rows: m.estimator(rows["lq"]))
-    first = run.part("prior", eta_1=0.0, eta_T=0.999)
-    prior = chapter(first, "resshift", lambda: ResShift(first.cfg),
-                    lambda p: train_prior(first, p, pool))
+    table, shown, guided_by = {}, {}, run.cfg.guidance
+    steps = steps or run.cfg.ablate_steps
+    for name in CHAPTERS[:3]:
+        fill(pairs, name, m)
     for name, change in ABLATED.items():
-        slug = "".join(c if c.isalnum() else "-" for c in name)
         for seed in range(seeds):
-            part = run.part(f"{slug}-{seed}", **(
-                dict(gendr_steps=cfg.ablate_steps, seed=seed) | change))
-            model = chapter(
-                part, "gendr", lambda: gendr_from_prior(prior, m.end, part.cfg),
-                lambda g: train(part, "gendr", gendr_turns(prior, g, part.cfg), pool,
-                                part.cfg.gendr_steps))
-            found = evaluate(
-                {w: lambda p, w=w: restore(model, m.estimator, p.lq, cfg.scale, w)
-                 for w in (1.0, cfg.guidance)}, pairs, lpips)
-            row = {k: found[1.0][k] for k in ("psnr", "lpips")}
-            row["sharpness"] = torch.cat([sharpness(y) for y in
-                                          found[1.0]["pictures"]]).mean().item()
-            row |= {f"{k} w": found[cfg.guidance][k] for k in ("psnr", "lpips")}
-            table.setdefault(name, []).append(row)
-    write_file(run.folder / "table.json", json.dumps(table, indent=1))
-    print_ablation(table, lpips.name, cfg)
+            slug = "".join(c if c.isalnum() else "-" for c in name)
+            change = dict(gendr_steps=steps, seed=seed) | change
+            part = run.part(f"ablate/{slug}-{seed}", CHAPTERS[:3], **change)
+            model = next_chapter(part, "gendr", m, pairs)
+            found = evaluate({w: lambda p, w=w: restore(
+                model, m["estimator"], p.lq, part.cfg.scale, w) for w in (
+                    1.0, guided_by)}, held, lpips)
+            table.setdefault(name, []).append({k + tail: found[w][k] for k in (
+                "psnr", "lpips") for w, tail in ((1.0, ""), (guided_by, " guided"))})
+        rows = {k: torch.tensor([r[k] for r in table[name]]) for k in table[name][0]}
+        shown[name] = {k: f"{v.mean():.4f} +- {v.std(correction=0):.4f}"
+                       for k, v in rows.items()}
+    write_file(run.folder / "ablate" / "table.json", json.dumps(table, indent=1))
+    print_table(f"{steps} steps, {seeds} seeds, {lpips.name}", shown,
+                {k: (k, "") for k in rows})
     return table
 
 
-def print_ablation(table, lpips_name, cfg):
-    """Mean +- standard deviation over the seeds, one row a variant."""
-    seeds = len(next(iter(table.values())))
-    print(f"\n{cfg.ablate_steps} steps, {seeds} seeds, held-out photos; "
-          f"w: guided by {cfg.guidance}; {lpips_name}")
-    columns = {"psnr": ("PSNR", 2), "lpips": ("LPIPS", 4), "sharpness": ("sharp.", 2),
-               "psnr w": ("PSNR w", 2), "lpips w": ("LPIPS w", 4)}
-    print(f"{'':26s} " + " ".join(f"{title:>15s}" for title, _ in columns.values()))
-    for name, rows in table.items():
-        cells = []
-        for key, (_, digits) in columns.items():
-            v = torch.tensor([row[key] for row in rows])
-            spread = v.std().item() if len(v) > 1 else 0.0
-            cells.append(f"{v.mean():.{digits}f} +- {spread:.{digits}f}")
-        print(f"{name:26s} " + " ".join(f"{cell:>15s}" for cell in cells))
-
-
-# ---- 11. Command line (skim) ---------------------------------------------------------
-
-
-def restore_file(args, folder):
-    """--input to --output; an alpha channel is resized beside the picture."""
-    check_output(args.output)
-    cfg, m = load_all(folder)
-    passes = args.passes or (2 if args.guidance else 1)
-    picture = open_picture(args.input)
-    lq = from_pil(picture).to(device())
-    alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
-    weight = 1.0 if passes == 1 else args.guidance or cfg.guidance
-    passes = 1 if weight == 1 else 2                           # w = 1: nothing to mix
-    if args.compile:
-        m.pix.unet.compile()
-    scores = args.degradation.to(device()) if args.degradation is not None else None
-    y = restore(m.pix, m.estimator, lq, cfg.scale, weight, args.tile, scores)
-    save_picture(y, args.output, alpha)
-    print(f"{args.output}: {y.shape[3]}x{y.shape[2]}, passes: {passes}")
-
-
+# ---- 13. Command line (skim) ---------------------------------------------------------
 def score_pair(text):
-    """"blur,noise" -> (1, 2) scores in [0, 1]; UserError if they are not."""
-    try:
-        blurred, noisy = (float(v) for v in text.split(","))
-        if 0 <= blurred <= 1 and 0 <= noisy <= 1:
-            return torch.tensor([[blurred, noisy]])
-    except ValueError:
-        pass
-    raise UserError(f"--degradation {text}: two numbers in 0 .. 1, as in 0.8,0.1")
+    """"blur,noise" -> (1, 2) scores in [0, 1]."""
+    scores = [float(v) for v in text.split(",")]
+    if len(scores) != 2 or not all(0 <= v <= 1 for v in scores):
+        raise ValueError
+    return torch.tensor([scores])
 
 
 def output_size(text):
-    """"512" -> (512, 512); "3840x2160", width first -> (2160, 3840); or UserError."""
-    sides = text.split("x")
-    if len(sides) > 2 or not all(n.isdigit() and int(n) % 8 == 0 and int(n) >= 16
-                                 for n in sides):
-        raise UserError(f"--size {text}: N or WxH, multiples of 8, 16 or more")
-    return int(sides[-1]), int(sides[0])
+    """"512" -> (512, 512); "3840x2160", width first -> (2160, 3840)."""
+    sides = [int(n) for n in text.split("x")]
+    if len(sides) > 2 or any(n % 8 or n < 16 for n in sides):
+        raise ValueError
+    return sides[-1], sides[0]
 
 
-def run_bench(args, cfg):
-    """--bench: counts, then time and memory of the preset; with --train, its memory."""
-    check_config(cfg, data=False)
-    if args.train:
-        print_training(training(cfg, args.real), cfg, args.real)
-        return
-    print_counts(counts(cfg, args.size), args.size)
+def restore_file(args):
+    """--input to --output; an alpha channel is resized beside the picture."""
+    run, output = Run(args["run"]), args.get("output", "up.png")
+    save_picture(None, output)
+    picture = open_picture(args["input"])
+    lq = from_pil(picture).to(device())
+    alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
+    if args.get("model") == "resshift":
+        y = sample(chapter_prior(run), chapter_end(run), lq, run.cfg.scale)
+    else:
+        m = all_chapters(run)
+        if "compile" in args:
+            m["pix"].unet.compile()
+        two = args.get("passes", 2 if "guidance" in args else 1) == 2
+        weight = args.get("guidance", run.cfg.guidance) if two else 1.0
+        scores = args.get("degradation")
+        y = restore(m["pix"], m["estimator"], lq, run.cfg.scale, weight, args.get(
+            "tile", 0), scores if scores is None else scores.to(device()))
+    save_picture(y, output, alpha)
+    print(f"{output}: {y.shape[3]}x{y.shape[2]}")
+
+
+def save_picture(y, path, alpha=None):
+    """Write (1, 3, H, W) in [-1, 1], with an alpha channel (Pillow's L) if given.
+
+    y None: only refuse, before the work is done, what could not be written.
+    """
+    if not Path(path).parent.is_dir():
+        raise UserError(f"{path}: no such folder")
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"{path}: not a picture format")
+    if y is not None:
+        picture = to_pil(y)
+        if alpha is not None and Path(path).suffix.lower() not in (".jpg", ".jpeg"):
+            picture.putalpha(alpha.resize(picture.size, Image.BICUBIC))
+        try:
+            picture.save(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot write this picture ({error})") from None
+
+
+def run_bench(args):
+    """--bench: counts beside the paper's, then time and memory of a preset."""
+    cfg, size = config_from(args), args.get("size", (512, 512))
+    rows = counts(cfg, size)
+    rows["paper, 512x512: GenDR"] = {"parameters": 933.0, "two": 1637.0}
+    rows["paper, 512x512: GenDR-Pix"] = {"parameters": 866.0, "one": 344.0,
+                                         "two": 744.0}
+    print_table(f"{size[1]}x{size[0]}: multiply-accumulates (G)", rows, {
+        "parameters": ("parameters (M)", ".2f"), "one": ("one pass", ".1f"),
+        "two": ("guided", ".1f")})
     models = untrained(cfg)
-    if args.compile:
-        for model in models.values():
+    for model in models.values():
+        if "compile" in args:
             model.unet.compile()
-    print_benchmark(benchmark(models, args.size), args.size)
-    if min(args.size) >= 512:
-        growth(models, range(256, min(args.size) + 1, 128))
+    print_benchmark(benchmark(models, size), size)
 
 
-def commands():
-    """The parser of all flags of this script."""
-    parser = config_parser(__doc__)
-    parser.add_argument("--train", action="store_true", help="all chapters, and --eval")
-    parser.add_argument("--eval", action="store_true", help="the table of a run")
-    parser.add_argument("--data", help="--eval: photos, or a folder with lq/ and hq/")
-    parser.add_argument("--bench", action="store_true",
-                        help="counts, time and memory of a preset, untrained; with "
-                        "--train: memory of a training step")
-    parser.add_argument("--real", action="store_true",
-                        help="--bench --train: take the step instead of estimating it")
-    parser.add_argument("--ablate", action="store_true",
-                        help="GenDR's variants in one table, on a finished run")
-    parser.add_argument("--figure", action="store_true",
-                        help="a photo along a grid of scores: RUN/scores.png")
-    parser.add_argument("--size", type=output_size, default="512", metavar="N|WxH",
-                        help="--bench: output pixels")
-    parser.add_argument("--input", help="a picture to restore")
-    parser.add_argument("--output", default="up.png", help="where to write it")
-    parser.add_argument("--tile", type=int, default=0,
-                        help="restore in squares of this many output pixels")
-    parser.add_argument("--degradation", type=score_pair, metavar="BLUR,NOISE",
-                        help="--input: these scores in [0, 1], not the estimator's")
-    parser.add_argument("--compile", action="store_true",
-                        help="--input, --bench: the U-Net through torch.compile")
-    parser.add_argument("--passes", type=int, choices=(1, 2),
-                        help="2: PadCFG, with the weight --guidance")
-    return parser
+COMMANDS = {                             # name: (argparse, the flags that it reads)
+    "train": (dict(action="store_true", help="all chapters, and --eval"),
+              (*TABLE, "size")),
+    "eval": (dict(action="store_true", help="the table of a finished run"),
+             ("data", "size", "guidance")),
+    "bench": (dict(action="store_true", help="a preset, untrained: counts, time"),
+              (*TABLE, "size", "compile")),
+    "ablate": (dict(action="store_true", help="GenDR's variants, on a finished run"),
+               ("ablate_steps",)),
+    "compare": (dict(action="store_true", help="ResShift's T, kappa, p in one table"),
+                TABLE),
+    "figure": (dict(action="store_true", help="RUN/chain.png, and of a finished run "
+                    "RUN/scores.png, a photo along a grid of scores"), ("val_data",)),
+    "input": (dict(help="a picture to restore"), (
+        "output", "model", "passes", "guidance", "tile", "degradation", "compile"))}
+FLAGS = {
+    "output": dict(help="--input: where to write it; up.png if left out"),
+    "model": dict(choices=("pix", "resshift"), help="--input: pix if left out"),
+    "passes": dict(type=int, choices=(1, 2), help="--input: 2 is PadCFG"),
+    "tile": dict(type=int, help="--input: in squares of this many output pixels"),
+    "degradation": dict(type=score_pair, metavar="BLUR,NOISE",
+                        help="--input: these scores in [0, 1], not the estimator's"),
+    "compile": dict(action="store_true", help="the U-Net through torch.compile"),
+    "data": dict(help="--eval: photos, or a folder with lq/ and hq/"),
+    "size": dict(type=output_size, metavar="N|WxH", help="output pixels; 512")}
 
 
 def main():
     """python gendr_pix.py: train, evaluate, measure, or restore one picture."""
-    parser = commands()
-    args = parser.parse_args()
-    folder = args.run or f"runs/{args.preset}"
-    if args.input:
-        restore_file(args, folder)
+    started, (command, args) = time.time(), command_of(__doc__, COMMANDS, FLAGS)
+    if command in ("input", "bench"):
+        return restore_file(args) if command == "input" else run_bench(args)
+    finished, run = command in ("eval", "figure", "ablate"), None
+    if finished:
+        run = Run(args["run"])
+    cfg = run.cfg if run else config_from(args, **shapes_in(args.get("vae_weights")))
+    held = held_out(cfg, args.get("data"))
+    pairs = None if command in ("eval", "figure") else Pairs(cfg)
+    if command == "train" and cfg.space != "latent":
+        raise UserError("GenDR starts in latent space: --space latent")
+    lpips = Perceptual(cfg.lpips_net).to(device())
+    run = run or Run(args["run"] + "-compare" * (command == "compare"), cfg)
+    if pairs:
+        pairs.fill()
+    if command == "compare":
+        return compare(run, pairs, held, lpips)
+    m = all_chapters(run, None if finished else pairs, lpips, held)
+    if command == "figure":
+        draw_chain(held[-1], cfg, run.folder / "chain.png")
+        return draw_scores(m, held[-1], cfg, run.folder / "scores.png")
+    if command == "ablate":
+        return ablate(run, m, pairs, held, lpips, args.get("ablate_steps"))
+    if world()[0] > 0:                                         # rank 0 evaluates
         return 0
-    if args.bench:
-        run_bench(args, config_from(args))
-        return 0
-    if args.ablate or args.figure:
-        cfg, models = load_all(folder)
-        pairs = held_out(cfg)
-        if args.figure:
-            draw_scores(models.pix, models.estimator, pairs[-1], cfg,
-                        f"{folder}/scores.png")
-            print(f"{folder}/scores.png")
-        else:
-            run = Run(folder, cfg).part("ablate", **given_numbers(args))
-            check_config(run.cfg)
-            ablate(run, models, pairs, Perceptual(cfg.lpips_net).to(device()))
-        return 0
-    if not (args.train or args.eval):
-        parser.error("nothing to do: --train, --eval, --bench, --ablate, --figure, or "
-                     "--input")
-    started = time.time()
-    if args.eval:
-        cfg, models = load_all(folder)
-        pairs = held_out(cfg, args.data)
-        lpips = Perceptual(cfg.lpips_net).to(device())
-        if args.data:
-            print_table(evaluate(methods_of(models, cfg), pairs, lpips), lpips.name)
-            return 0
-    else:
-        cfg = config_from(args)
-        check_config(cfg)
-        if cfg.space != "latent":
-            raise UserError("GenDR starts in latent space: --space latent")
-        pairs, run = held_out(cfg), Run(folder, cfg)
-        print_config(cfg)
-        lpips = Perceptual(cfg.lpips_net).to(device())
-        models = train_all(run, pairs, lpips)
-        if world()[0] > 0:                                     # rank 0 evaluates
-            return 0
-    passed = report(folder, cfg, models, pairs, lpips, args.size)
-    minutes = (time.time() - started) / 60
-    print(f"\n{'PASS' if passed else 'FAIL'}: {folder}, {minutes:.1f} minutes on "
-          f"{device()}, {torch.get_num_threads()} threads, seed {cfg.seed}")
+    guidance = args.get("guidance", cfg.guidance)
+    if "data" in args:
+        table = evaluate(methods_of(m, cfg, guidance), held, lpips)
+        return print_table("mean", table, quality(lpips))
+    passed = report(run, m, held, lpips, args.get("size", (512, 512)), guidance)
+    print(f"\n{'PASS' if passed else 'FAIL'}: {run.folder}, "
+          f"{(time.time() - started) / 60:.1f} minutes on {device()}, "
+          f"{torch.get_num_threads()} threads, seed {cfg.seed}")
     return 0 if passed else 1
 
 

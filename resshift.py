@@ -1,18 +1,15 @@
 """ResShift: super-resolution by shifting the residual (chapter 1, complete in itself).
 
 A restored photograph is the end of a short Markov chain that starts at the degraded
-one.  This file holds the chain, its U-Net, the two kinds of ends (a VAE, or plain
-pixel-unshuffle), the degradation that makes training pairs out of good photographs,
-and one training loop.  `gendr_pix.py` (chapters 2 to 4) imports its names from here.
+one.  First the method: the chain, its U-Net, its two kinds of ends, what teaches them,
+the training loop.  Then the machinery: degradation, metrics, files, flags.
+`gendr_pix.py` (chapters 2 to 4) imports its names from here.
 
 Papers: ResShift, arXiv 2307.12348 (NeurIPS 2023), journal version 2403.07319.
         Degradation: Real-ESRGAN, arXiv 2107.10833; mild ranges: S3Diff, 2409.17058.
 
     python resshift.py --train --tiny                   train on tiny_data/, evaluate
     python resshift.py --train --tiny --space pixel --run runs/pixel    no autoencoder
-    python resshift.py --tiny --input lq.png            restore one picture to up.png
-    python resshift.py --figure                         draw schedules and chain
-    python resshift.py --compare --tiny                 noise, speed and T in one table
 
 The first takes minutes on 2 CPU cores and ends in a table of bicubic and ResShift.
 
@@ -21,20 +18,20 @@ Symbols: B batch, C channels, H W full resolution, h w latent resolution, f = 8;
 Ranges:  images are float in [-1, 1] inside, [0, 1] in metrics, uint8 in files.
 """
 import argparse
-import copy
-import csv
 import dataclasses
+import importlib.util
 import io
 import json
 import math
 import os
+import random
 import sys
-import textwrap
 import time
 import warnings
-from contextlib import contextmanager
-from dataclasses import dataclass
+import zlib
+from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 
 import lpips
 import numpy as np
@@ -45,131 +42,86 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 # ---- 1. Every number (read) --------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every number of both scripts.  The defaults are the preset "small"."""
+# Three values: the presets tiny (CPU, minutes), small (the default: one GPU, hours) and
+# full (Stable Diffusion 2.1's size); one value serves all.
+PRESETS = ("tiny", "small", "full")
+TABLE = dict(
     # data
-    train_data: str = "tiny_data/train"
-    val_data: str = "tiny_data/val"
-    scale: int = 4                       # LQ to HQ
-    crop: int = 256                      # HQ training crop, pixels
-    pool: int = 8192                     # degraded pairs made once, before training
-    ranges: str = "mild"                 # of the degradation: a row of RANGES
+    train_data="tiny_data/train", val_data="tiny_data/val",
+    scale=4,                             # LQ to HQ
+    crop=(128, 256, 512),                # HQ training crop, pixels
+    pool=(4096, 0, 0),                   # pairs kept in memory; 0: new ones every step
+    workers=(0, 8, 8),                   # processes that make pairs
+    ranges=("real-esrgan", "mild", "mild"),    # of the degradation: a row of RANGES
     # the chain (ResShift)
-    space: str = "latent"                # "latent": VAE; "pixel": pixel-unshuffle
-    steps: int = 15                      # T
-    kappa: float = 2.0                   # noise strength
-    power: float = 0.3                   # p, the shifting speed
-    eta_1: float = 0.0                   # 0: the paper's min((0.04 / kappa)^2, 0.001)
-    eta_T: float = 0.999
+    space="latent",                      # "latent": VAE; "pixel": pixel-unshuffle
+    steps=15, kappa=2.0, power=0.3,      # T; noise strength; p, the shifting speed
+    eta_1=(0.6, 0.0, 0.0),               # 0: the paper's min((0.04 / kappa)^2, 0.001)
+    eta_T=0.999,
     # the networks
-    unet_widths: tuple = (128, 256, 384, 384)
-    unet_blocks: int = 2                 # residual blocks a level
-    head_width: int = 64                 # channels of one attention head
-    groups: int = 32                     # GroupNorm, U-Net
-    context_tokens: int = 77
-    context_width: int = 256
-    latent_channels: int = 16
-    vae_widths: tuple = (64, 128, 256, 256)
-    vae_blocks: int = 2
-    vae_groups: int = 32
-    vae_skip: bool = True                # linear skip around encoder and decoder
-    lora_rank: int = 32
-    vae_lora_rank: int = 0               # of GenDR's VAE encoder; 0: frozen
-    fake_rank: int = 64                  # GenDR's rank for the score networks' LoRA
-    adapter: str = "guided"              # GenDR's LoRA: "guided", "plain", or "full"
-    estimator_width: int = 48
-    estimator_batch: int = 32
+    unet_widths=((48, 96, 144), (128, 256, 384, 384), (320, 640, 1280, 1280)),
+    unet_blocks=(1, 2, 2),               # residual blocks a level
+    head_width=(48, 64, 64),             # channels of one attention head
+    groups=(16, 32, 32),                 # GroupNorm, U-Net
+    context_tokens=(4, 77, 77), context_width=(64, 256, 1024),
+    shortcut=(True, True, False),        # add the input to the U-Net's output
+    latent_channels=16,
+    vae_widths=((24, 48, 64, 64), (64, 128, 256, 256), (128, 128, 256, 512)),
+    vae_blocks=(1, 2, 2), vae_groups=(8, 32, 32),
+    vae_skip=(True, True, False),        # linear skip around encoder and decoder
+    lora_rank=(16, 32, 32), vae_lora_rank=(0, 0, 16),  # of the VAE encoder; 0: frozen
+    adapter="guided",                    # GenDR's LoRA: "guided", "plain", or "full"
+    fake_rank=(16, 64, 64),              # LoRA of the fake score network
+    estimator_width=(16, 48, 48),
     # training
-    batch: int = 16
-    learning_rate: float = 1e-4          # of the prior
-    gendr_learning_rate: float = 5e-5
-    student_learning_rate: float = 5e-5  # stages I and II
-    critic_learning_rate: float = 1e-4
-    vae_learning_rate: float = 5e-4
-    estimator_learning_rate: float = 1e-3
-    warmup: int = 200
-    ema: float = 0.999
-    clip: float = 1.0                    # gradient norm
-    vae_crop: int = 128
-    vae_kl: float = 1e-6
-    vae_steps: int = 30_000
-    prior_steps: int = 100_000
-    estimator_steps: int = 5_000
-    gendr_steps: int = 40_000
-    adc_steps: int = 20_000
-    pix_steps: int = 30_000
-    ablate_steps: int = 4000             # of GenDR, for each row of --ablate
-    negative: float = 0.05               # share of online negatives (S3Diff)
-    guidance: float = 1.07               # S3Diff's weight; GenDR-Pix prints none
-    distill: str = "cid"                 # "none", "vsd", "sid" or "cid"
-    xi: float = 1.0                      # SiD's alpha; open in GenDR
-    cid_guidance: float = 1.5            # f_phi's; open in GenDR, as the next six
-    cid_t_min: int = 1
-    cid_t_max: int = 0                   # 0: T
-    lambda_cid: float = 0.1
-    lambda_cid_adv: float = 0.05
-    fake_steps: int = 1                  # fake score steps for each of the generator
-    fake_learning_rate: float = 1e-4
-    lambda_adv: float = 0.05             # GenDR-Pix, stage II: 0.05 / 1 / 0.1
-    lambda_lpips: float = 1.0
-    lambda_fourier: float = 0.1
-    shortcut: bool = True                # add the input to the U-Net's output
-    least_squares: bool = True           # start new ends in closed form
-    lpips_net: str = "vgg"
+    batch=(8, 16, 8), estimator_batch=32, vae_crop=(64, 128, 256),
+    vae_steps=(100, 30_000, 500_000), prior_steps=(500, 100_000, 500_000),
+    estimator_steps=(2500, 5000, 20_000), gendr_steps=(300, 40_000, 100_000),
+    adc_steps=(150, 20_000, 100_000), pix_steps=(150, 30_000, 100_000),
+    ablate_steps=(100, 4000, 10_000),    # of GenDR, for each row of --ablate
+    learning_rate=(5e-4, 1e-4, 1e-5),    # of the prior
+    vae_learning_rate=(1e-3, 5e-4, 1e-4), estimator_learning_rate=(3e-3, 1e-3, 1e-3),
+    gendr_learning_rate=(1e-3, 5e-5, 1e-5), fake_learning_rate=(1e-3, 1e-4, 1e-4),
+    student_learning_rate=(3e-4, 5e-5, 5e-5),    # stages I and II
+    critic_learning_rate=(1e-3, 1e-4, 1e-4),
+    warmup=(20, 200, 200), ema=(0.99, 0.999, 0.999),
+    clip=1.0,                            # gradient norm
+    vae_kl=1e-6, negative=0.05,          # share of online negatives (S3Diff)
+    guidance=1.07,                       # S3Diff's weight; GenDR-Pix prints none
+    distill="cid",                       # "none", "vsd", "sid" or "cid"
+    xi=1.0,                              # SiD's alpha; open in GenDR
+    cid_guidance=1.5,                    # f_phi's; open in GenDR, as the next six
+    cid_t_min=1, cid_t_max=0,            # 0: T
+    lambda_cid=0.1, lambda_cid_adv=0.05,
+    fake_steps=1,                        # fake score steps for each of the generator
+    lambda_adv=0.05, lambda_lpips=1.0, lambda_fourier=0.1,     # GenDR-Pix's stage II
+    least_squares=True,                  # start new ends in closed form
+    lpips_net=("alex", "vgg", "vgg"),
     # the run
-    unet_weights: str = ""               # start from these .safetensors: SD 2.1's U-Net
-    vae_weights: str = ""                # and an AutoencoderKL, under diffusers' names
-    seed: int = 0
-    checkpointing: bool = False          # U-Net activations again in the backward pass
-    precision: str = "bf16"              # autocast on CUDA; the CPU computes in fp32
-    save_every: int = 1000
-    log_every: int = 200
-
-
-PRESETS = {
-    "small": {},
-    # eta_1 = 0.6 keeps the tiny chain near the mean; the README says why.
-    "tiny": dict(
-        crop=128, pool=4096, ranges="real-esrgan", eta_1=0.6,
-        unet_widths=(48, 96, 144), unet_blocks=1, head_width=48, groups=16,
-        context_tokens=4, context_width=64, vae_widths=(24, 48, 64, 64), vae_blocks=1,
-        vae_groups=8, lora_rank=16, estimator_width=16, batch=8, warmup=20, ema=0.99,
-        learning_rate=5e-4, gendr_learning_rate=1e-3, student_learning_rate=3e-4,
-        critic_learning_rate=1e-3, fake_rank=16, fake_learning_rate=1e-3,
-        vae_learning_rate=1e-3, estimator_learning_rate=3e-3, vae_crop=64,
-        vae_steps=100, prior_steps=500, estimator_steps=2500, gendr_steps=300,
-        adc_steps=150, pix_steps=150, ablate_steps=100, lpips_net="alex",
-        precision="fp32", save_every=100, log_every=100),
-    "full": dict(
-        crop=512, pool=4096, unet_widths=(320, 640, 1280, 1280), context_width=1024,
-        vae_widths=(128, 128, 256, 512), vae_skip=False, shortcut=False, batch=8,
-        checkpointing=True, vae_lora_rank=16,
-        learning_rate=1e-5, gendr_learning_rate=1e-5,
-        vae_learning_rate=1e-4, vae_crop=256, vae_steps=500_000, prior_steps=500_000,
-        estimator_steps=20_000, gendr_steps=100_000, adc_steps=100_000,
-        pix_steps=100_000, ablate_steps=10_000),
-}
+    unet_weights="",                     # start from these .safetensors: SD 2.1's U-Net
+    vae_weights="",                      # and an AutoencoderKL, under diffusers' names
+    seed=0, precision=("fp32", "bf16", "bf16"),            # autocast, on CUDA alone
+    checkpointing=(False, False, True),  # U-Net activations again in the backward pass
+    save_every=(100, 1000, 1000), log_every=(100, 200, 200))
 
 
 def preset(name):
-    """The `Config` called "tiny" (CPU, minutes), "small" (one GPU, hours) or "full"."""
-    return Config(**PRESETS[name])
+    """The `Config` called "tiny", "small" or "full"."""
+    return Config(**{k: v[PRESETS.index(name)] if isinstance(v, tuple) else v
+                     for k, v in TABLE.items()})
+
+
+Config = dataclasses.make_dataclass("Config", [
+    (k, type(v), v) for k, v in ((k, v[1] if isinstance(v, tuple) else v)
+                                 for k, v in TABLE.items())], frozen=True)
+Config.__doc__ = """Every number of both scripts, frozen; the defaults are small's."""
 
 
 # ---- 2. The residual-shifting chain (read) -- ResShift, Eqs. 1-10 --------------------
-
-
-def noise_like(x, rng):
-    """N(0, I) in x's shape from a CPU generator, so that all devices draw alike."""
-    return torch.randn(x.shape, generator=rng).to(x)
-
-
 class ResidualShift:
     """The Markov chain from a clean x0 (t = 0) to a noisy copy of y0 (t = T).
 
@@ -192,14 +144,12 @@ class ResidualShift:
         if steps < 2 or not 0 < eta_1 < eta_T < 1:
             raise ValueError(f"need steps >= 2 and 0 < eta_1 < eta_T < 1, got {steps}, "
                              f"{eta_1}, {eta_T}")
-        self.steps, self.kappa, self.power = steps, kappa, power
-        t = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu")
-        beta = ((t - 1) / (steps - 1)) ** power * (steps - 1)
+        self.steps, self.kappa, self.power, self.eta_T = steps, kappa, power, eta_T
         b0 = math.exp(math.log(eta_T / eta_1) / (2 * (steps - 1)))
-        sqrt_eta = math.sqrt(eta_1) * b0 ** beta
-        eta = torch.cat([0 * t[:1], sqrt_eta ** 2])
-        self.eta = eta.float()
-        self.alpha = torch.cat([eta[:1], eta[1:] - eta[:-1]]).float()
+        beta = [(i / (steps - 1)) ** power * (steps - 1) for i in range(steps)]
+        eta = [0.0] + [(math.sqrt(eta_1) * b0 ** b) ** 2 for b in beta]
+        alpha = [eta[0]] + [b - a for a, b in zip(eta, eta[1:])]
+        self.eta, self.alpha = (torch.tensor(v, device="cpu") for v in (eta, alpha))
 
     @staticmethod
     def at(values, t, like):
@@ -230,35 +180,37 @@ class ResidualShift:
 
     def prior_sample(self, y0, noise):
         """Sec. 2.1: x_T = y0 + kappa sqrt(eta_T) noise; eta_T is close to 1."""
-        return y0 + self.kappa * self.eta[-1].sqrt().item() * noise
+        return y0 + self.kappa * math.sqrt(self.eta_T) * noise
 
-    def input_scale(self, t, like, pixel=False):
-        """The factor on the copy of x_t that the network sees: one size at all t.
+    def input_scale(self, eta, pixel=False):
+        """The factor on the copy of x_t that the network sees, as published.
 
-        Latents have variance 1, so x_t has 1 + kappa^2 eta_t: scaled to variance 1.
-        Pixels in [-1, 1] are divided by 1 + 3 kappa sqrt(eta_t): three sigma of noise
-        still fit in [-1, 1].  Both as published; the posterior uses the unscaled x_t.
+        Latents: to variance 1, if x0 and y0 have variance 1 and are fully correlated.
+        Pixels in [-1, 1]: so that three sigma of noise still fit.
         """
-        eta = self.at(self.eta, t, like)
         if pixel:
-            return 1 / (3 * self.kappa * eta.sqrt() + 1)
-        return 1 / (self.kappa ** 2 * eta + 1).sqrt()
+            return 1 / (3 * self.kappa * eta ** 0.5 + 1)
+        return 1 / (self.kappa ** 2 * eta + 1) ** 0.5
 
     @torch.no_grad()
     def sample(self, model, y0, generator=None):
         """Run the chain from x_T down to x_0; `model(x_t, y0, t)` predicts x0.
 
-        There is no strided sampler: the posterior is exact only between neighbours of
-        the schedule the model was trained on, and T is short by design.
+        No strides: the posterior between any two times has the same form, but the
+        network was taught at these T times alone.
         """
         x = self.prior_sample(y0, noise_like(y0, generator))
         for step in range(self.steps, 0, -1):
             t = torch.full((len(y0),), step)
-            mean, variance = self.posterior(x, model(x, y0, t), t)
-            x = mean
+            x, variance = self.posterior(x, model(x, y0, t), t)
             if step > 1:
-                x = mean + variance.sqrt() * noise_like(y0, generator)
+                x = x + variance.sqrt() * noise_like(y0, generator)
         return x
+
+
+def noise_like(x, rng):
+    """N(0, I) in x's shape from a CPU generator, so that all devices draw alike."""
+    return torch.randn(x.shape, generator=rng, device="cpu").to(x)
 
 
 # ---- 3. The U-Net (read) -- Stable Diffusion 2.1's, at any width ---------------------
@@ -304,114 +256,78 @@ class Attention(nn.Module):
         return self.to_out[0](rearrange(y, "b h n d -> b n (h d)"))
 
 
-class GEGLU(nn.Module):
-    """a * gelu(b), where (a, b) are the halves of one linear layer."""
-
-    def __init__(self, width, inner):
-        super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
-
-    def forward(self, x):
-        a, b = self.proj(x).chunk(2, dim=-1)
-        return a * F.gelu(b)
-
-
-class FeedForward(nn.Module):
-    """GEGLU to four times the width and back; Identity keeps diffusers' numbering."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(),
-                                  nn.Linear(4 * width, width)])
-
-    def forward(self, x):
-        return self.net[2](self.net[0](x))
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the prompt, feed-forward, each residual."""
-
-    def __init__(self, width, heads, context_width):
-        super().__init__()
-        self.norm1, self.attn1 = nn.LayerNorm(width), Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.attn2 = Attention(width, heads, context_width)
-        self.norm3, self.ff = nn.LayerNorm(width), FeedForward(width)
-
-    def forward(self, x, context):
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
-
-
 class Transformer(nn.Module):
-    """A transformer block on the pixels of a feature map."""
+    """On the pixels of a feature map: self-attention, cross-attention to the prompt,
+    GEGLU feed-forward (a * gelu(b), the halves of one linear layer), each residual."""
 
     def __init__(self, width, cfg):
         super().__init__()
+        heads = max(1, width // cfg.head_width)
         self.norm = nn.GroupNorm(cfg.groups, width, 1e-6)
         self.proj_in = nn.Linear(width, width)
-        heads = max(1, width // cfg.head_width)
-        self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(width, heads, cfg.context_width)])
+        block = nn.ModuleDict({
+            "norm1": nn.LayerNorm(width), "attn1": Attention(width, heads),
+            "norm2": nn.LayerNorm(width),
+            "attn2": Attention(width, heads, cfg.context_width),
+            "norm3": nn.LayerNorm(width), "ff": nn.ModuleDict({"net": nn.ModuleList([
+                nn.ModuleDict({"proj": nn.Linear(width, 8 * width)}), nn.Identity(),
+                nn.Linear(4 * width, width)])})})
+        self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Linear(width, width)
 
     def forward(self, x, context):
-        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        h = self.proj_out(self.transformer_blocks[0](self.proj_in(h), context))
+        norm1, attn1, norm2, attn2, norm3, ff = self.transformer_blocks[0].values()
+        h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        h = h + attn1(norm1(h))
+        h = h + attn2(norm2(h), context)
+        a, b = ff["net"][0]["proj"](norm3(h)).chunk(2, dim=-1)
+        h = self.proj_out(h + ff["net"][2](a * F.gelu(b)))
         return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
 
 
-class Downsample(nn.Module):
-    """Half the resolution; the VAE pads below and to the right only, as SD's does."""
+class Resample(nn.Module):
+    """Half the resolution by a convolution, or (up) double it, nearest, and convolve.
+    asymmetric: padded below and to the right only, as in Stable Diffusion's VAE."""
 
-    def __init__(self, width, asymmetric=False):
+    def __init__(self, width, up=False, asymmetric=False):
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=0 if asymmetric else 1)
-        self.asymmetric = asymmetric
+        self.up, self.asymmetric = up, asymmetric
+        self.conv = nn.Conv2d(width, width, 3, stride=1 if up else 2,
+                              padding=0 if asymmetric else 1)
 
-    def forward(self, x):
+    def forward(self, x, size=None):     # size: of the U-Net's skip, perhaps odd
+        if self.up:
+            size = size or (2 * x.shape[2], 2 * x.shape[3])
+            x = F.interpolate(x, size=size, mode="nearest")
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
 
-class Upsample(nn.Module):
-    """Nearest neighbour to `size` (the skip's, perhaps odd), then a convolution."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x, size=None):
-        size = size or (2 * x.shape[2], 2 * x.shape[3])
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
-
-
 class Block(nn.Module):
-    """One level: residual blocks, each with a transformer behind it where asked for."""
+    """One level: residual blocks, attentions behind them, a change of resolution.
 
-    def __init__(self, channels, attend, cfg, time_width):
+    channels: (in, out) of each.  `forward` is the VAE's way; the U-Net takes `pairs()`.
+    """
+
+    def __init__(self, channels, groups, time_width=0, eps=1e-5, attentions=(),
+                 down=None, up=None):
         super().__init__()
         self.resnets = nn.ModuleList(
-            [ResBlock(i, o, cfg.groups, time_width) for i, o in channels])
-        self.attentions = nn.ModuleList(
-            [Transformer(o, cfg) for _, o in channels] if attend else [])
+            [ResBlock(i, o, groups, time_width, eps) for i, o in channels])
+        self.attentions = nn.ModuleList([make() for make in attentions])
+        self.downsamplers = nn.ModuleList([down()] if down else [])
+        self.upsamplers = nn.ModuleList([up()] if up else [])
 
+    def pairs(self):
+        """Residual blocks, each with the attention behind it, or None."""
+        return zip_longest(self.resnets, self.attentions)
 
-class TimeEmbedding(nn.Module):
-    """t -> (cos, sin) of t 10000^(-i/half), then two linear layers.  t: (B,)."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.half = width // 2
-        self.linear_1 = nn.Linear(width, 4 * width)
-        self.linear_2 = nn.Linear(4 * width, 4 * width)
-
-    def forward(self, t):
-        i = torch.arange(self.half, device=t.device, dtype=torch.float32)
-        angle = t.float()[:, None] * torch.exp(-math.log(10000) * i / self.half)
-        emb = torch.cat([angle.cos(), angle.sin()], dim=1)
-        emb = emb.to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(emb)))
+    def forward(self, x):
+        for resnet, attention in self.pairs():
+            x = resnet(x)
+            x = attention(x) if attention else x
+        for change in (*self.downsamplers, *self.upsamplers):
+            x = change(x)
+        return x
 
 
 class UNet(nn.Module):
@@ -425,71 +341,74 @@ class UNet(nn.Module):
         super().__init__()
         w, n, time = cfg.unet_widths, cfg.unet_blocks, 4 * cfg.unet_widths[0]
         self.cfg, last = cfg, len(w) - 1
+
+        def level(channels, attend, **change):
+            attend = attend * [lambda: Transformer(channels[-1][1], cfg)]
+            return Block(channels, cfg.groups, time, attentions=attend, **change)
         self.conv_in = nn.Conv2d(in_channels, w[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(w[0])
+        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(w[0], time),
+                                             "linear_2": nn.Linear(time, time)})
         self.down_blocks, skips = nn.ModuleList(), [w[0]]
         for i, width in enumerate(w):
             channels = [(w[max(i - 1, 0)], width)] + [(width, width)] * (n - 1)
-            block = Block(channels, i < last, cfg, time)
-            block.downsamplers = nn.ModuleList([Downsample(width)] if i < last else [])
+            down = (lambda: Resample(width)) if i < last else None
+            self.down_blocks.append(level(channels, n * (i < last), down=down))
             skips += [width] * (n + (i < last))
-            self.down_blocks.append(block)
-        self.mid_block = Block([(w[-1], w[-1])] * 2, False, cfg, time)
-        self.mid_block.attentions.append(Transformer(w[-1], cfg))
+        self.mid_block = level([(w[-1], w[-1])] * 2, 1)
         self.up_blocks, ch = nn.ModuleList(), w[-1]
         for i, width in reversed(list(enumerate(w))):
-            channels = []
-            for _ in range(n + 1):
-                channels.append((ch + skips.pop(), width))
-                ch = width
-            block = Block(channels, i < last, cfg, time)
-            block.upsamplers = nn.ModuleList([Upsample(width)] if i > 0 else [])
-            self.up_blocks.append(block)
+            channels = [(c + skips.pop(), width) for c in [ch] + [width] * n]
+            up, ch = (lambda: Resample(width, up=True)) if i > 0 else None, width
+            self.up_blocks.append(level(channels, (n + 1) * (i < last), up=up))
         self.conv_norm_out = nn.GroupNorm(cfg.groups, w[0], 1e-5)
         self.conv_out = nn.Conv2d(w[0], out_channels, 3, padding=1)
-        for m in self.modules():             # residual branches start at zero: for
-            if isinstance(m, ResBlock):      # training from scratch, not in the paper
-                nn.init.zeros_(m.conv2.weight)
-                nn.init.zeros_(m.conv2.bias)
-            elif isinstance(m, Transformer):
-                nn.init.zeros_(m.proj_out.weight)
-                nn.init.zeros_(m.proj_out.bias)
-        if cfg.shortcut:                     # and so does the step away from the input
-            nn.init.zeros_(self.conv_out.weight)
-            nn.init.zeros_(self.conv_out.bias)
+        # Residual branches start at zero, for training from scratch (not in the paper),
+        # and so does the step away from the input.
+        for name, p in self.named_parameters():
+            if ".conv2." in name or ".proj_out." in name or (
+                    cfg.shortcut and name.startswith("conv_out.")):
+                nn.init.zeros_(p)
+
+    def embed(self, t):
+        """t (B,) -> (cos, sin) of t 10000^(-i/half), then two linear layers."""
+        half = self.conv_in.out_channels // 2
+        i = torch.arange(half, device=t.device, dtype=torch.float32)
+        angle = t.float()[:, None] * torch.exp(-math.log(10000) * i / half)
+        emb = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.conv_in.weight.dtype)
+        one, two = self.time_embedding.values()
+        return two(F.silu(one(emb)))
 
     def call(self, module, *inputs):
-        """module(*inputs); with cfg.checkpointing only the inputs are kept, and the
-        inside is computed again in the backward pass: time for memory."""
+        """module(*inputs), None the identity; with cfg.checkpointing the inside is
+        computed again in the backward pass: time for memory."""
+        if module is None:
+            return inputs[0]
         if self.cfg.checkpointing and torch.is_grad_enabled():
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
 
     def encode(self, x, t, context):
         """The half before the skips return: (features, skips, time embedding)."""
-        emb = self.time_embedding(t.to(x.device))
+        emb = self.embed(t.to(x.device))
         h = self.conv_in(x)                                    # (B, w0, h, w)
         skips = [h]
         for block in self.down_blocks:
-            for i, resnet in enumerate(block.resnets):
-                h = self.call(resnet, h, emb)
-                if block.attentions:
-                    h = self.call(block.attentions[i], h, context)
+            for resnet, attention in block.pairs():
+                h = self.call(attention, self.call(resnet, h, emb), context)
                 skips.append(h)
             for down in block.downsamplers:
                 h = down(h)                                    # (B, wi, h/2^i, w/2^i)
                 skips.append(h)
-        h = self.mid_block.resnets[0](h, emb)
-        h = self.mid_block.resnets[1](self.mid_block.attentions[0](h, context), emb)
+        for resnet, attention in self.mid_block.pairs():
+            h = self.call(attention, self.call(resnet, h, emb), context)
         return h, skips, emb
 
     def forward(self, x, t, context):
         h, skips, emb = self.encode(x, t, context)
         for block in self.up_blocks:
-            for i, resnet in enumerate(block.resnets):
+            for resnet, attention in block.pairs():
                 h = self.call(resnet, torch.cat([h, skips.pop()], dim=1), emb)
-                if block.attentions:
-                    h = self.call(block.attentions[i], h, context)
+                h = self.call(attention, h, context)
             for up in block.upsamplers:
                 h = up(h, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(h)))    # (B, out, h, w)
@@ -503,8 +422,7 @@ class Prompts(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        shape = (2, cfg.context_tokens, cfg.context_width)
-        self.table = nn.Parameter(torch.randn(shape))
+        self.table = nn.Parameter(torch.randn(2, cfg.context_tokens, cfg.context_width))
 
     def forward(self, prompt, batch):
         """prompt: POSITIVE, NEGATIVE or a (B,) tensor of them -> (B, tokens, width)."""
@@ -514,8 +432,6 @@ class Prompts(nn.Module):
 
 
 # ---- 4. The two kinds of ends (read) -- VAE, or pixel-(un)shuffle -------------------
-
-
 class PixelShuffle(nn.Module):
     """The end without parameters: (B, 3, H, W) <-> (B, 3 f^2, H/f, W/f), lossless."""
 
@@ -544,75 +460,37 @@ class VaeAttention(Attention):
         return x + rearrange(super().forward(h), "b (h w) c -> b c h w", h=x.shape[2])
 
 
-class VaeLevel(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution or none."""
+class VaeHalf(nn.Module):
+    """Encoder (B, in_ch, 8h, 8w) -> (B, out_ch, h, w), or with `up` its mirror.
 
-    def __init__(self, in_ch, width, blocks, groups, down=False, up=False):
+    Four levels, three changes of resolution; the decoder has one block more a level.
+    """
+
+    def __init__(self, cfg, in_ch, out_ch, up):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            [ResBlock(in_ch if i == 0 else width, width, groups, eps=1e-6)
-             for i in range(blocks)])
-        self.downsamplers = nn.ModuleList([Downsample(width, True)] if down else [])
-        self.upsamplers = nn.ModuleList([Upsample(width)] if up else [])
+        w, g = cfg.vae_widths[::-1] if up else cfg.vae_widths, cfg.vae_groups
+        middle, more = w[0] if up else w[-1], cfg.vae_blocks + up - 1
 
-    def forward(self, x):
-        for layer in [*self.resnets, *self.downsamplers, *self.upsamplers]:
-            x = layer(x)
-        return x
-
-
-class VaeMiddle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
-
-    def __init__(self, width, groups):
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            [ResBlock(width, width, groups, eps=1e-6) for _ in range(2)])
-        self.attentions = nn.ModuleList([VaeAttention(width, groups)])
-
-    def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
-
-
-class VaeEncoder(nn.Module):
-    """(B, 3, H, W) -> (B, out_ch, H/8, W/8): four levels, halved three times."""
-
-    def __init__(self, cfg, out_ch):
-        super().__init__()
-        w, n, g = cfg.vae_widths, cfg.vae_blocks, cfg.vae_groups
-        self.conv_in = nn.Conv2d(3, w[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            [VaeLevel(w[max(i - 1, 0)], w[i], n, g, down=i < len(w) - 1)
-             for i in range(len(w))])
-        self.mid_block = VaeMiddle(w[-1], g)
+        def levels():
+            for i, width in enumerate(w):
+                change = (lambda: Resample(width, up, not up)) if i < 3 else None
+                yield Block([(w[max(i - 1, 0)], width)] + [(width, width)] * more, g,
+                            eps=1e-6, **{"up" if up else "down": change})
+        self.conv_in = nn.Conv2d(in_ch, w[0], 3, padding=1)
+        if not up:
+            self.down_blocks = nn.ModuleList(levels())
+        self.mid_block = Block([(middle, middle)] * 2, g, eps=1e-6,
+                               attentions=[lambda: VaeAttention(middle, g)])
+        if up:
+            self.up_blocks = nn.ModuleList(levels())
         self.conv_norm_out = nn.GroupNorm(g, w[-1], 1e-6)
         self.conv_out = nn.Conv2d(w[-1], out_ch, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)
-        for level in self.down_blocks:
-            h = level(h)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h))))
-
-
-class VaeDecoder(nn.Module):
-    """(B, in_ch, h, w) -> (B, 3, f h, f w): the encoder's mirror, one block more."""
-
-    def __init__(self, cfg, in_ch):
-        super().__init__()
-        w, n, g = cfg.vae_widths[::-1], cfg.vae_blocks + 1, cfg.vae_groups
-        self.conv_in = nn.Conv2d(in_ch, w[0], 3, padding=1)
-        self.mid_block = VaeMiddle(w[0], g)
-        self.up_blocks = nn.ModuleList(
-            [VaeLevel(w[max(i - 1, 0)], w[i], n, g, up=i < len(w) - 1)
-             for i in range(len(w))])
-        self.conv_norm_out = nn.GroupNorm(g, w[-1], 1e-6)
-        self.conv_out = nn.Conv2d(w[-1], 3, 3, padding=1)
-
-    def forward(self, z):
-        h = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
-            h = level(h)
+        for block in (*getattr(self, "down_blocks", ()), self.mid_block,
+                      *getattr(self, "up_blocks", ())):
+            h = block(h)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
@@ -627,9 +505,10 @@ class VAE(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        c = self.channels = cfg.latent_channels
-        self.factor = 8
-        self.encoder, self.decoder = VaeEncoder(cfg, 2 * c), VaeDecoder(cfg, c)
+        c, self.factor = cfg.latent_channels, 8
+        self.channels = c
+        self.encoder = VaeHalf(cfg, 3, 2 * c, up=False)
+        self.decoder = VaeHalf(cfg, c, 3, up=True)
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
         self.post_quant_conv = nn.Conv2d(c, c, 1)
         self.register_buffer("scale", torch.ones(()))
@@ -649,7 +528,7 @@ class VAE(nn.Module):
         eye = torch.eye(n, device=images.device)[:, :, None, None]
         k = self.shuffle.encode(opponent(self.shuffle.decode(eye)))
         k = k[:, :, 0, 0].T.double()                           # (192, 192)
-        x = rearrange(self.shuffle.encode(images), "b c h w -> (b h w) c").double()
+        x = rearrange(self.shuffle.encode(images).double(), "b c h w -> (b h w) c")
         x = x @ k.T
         mean = x.mean(0)
         variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
@@ -659,9 +538,8 @@ class VAE(nn.Module):
         back = torch.linalg.inv(k)
         self.skip_out.weight.copy_((back @ axes / gain)[:, :, None, None])
         self.skip_out.bias.copy_(back @ mean)
-        for conv in (self.quant_conv, self.decoder.conv_out):
-            nn.init.zeros_(conv.weight)
-            nn.init.zeros_(conv.bias)
+        for p in (*self.quant_conv.parameters(), *self.decoder.conv_out.parameters()):
+            p.zero_()
         self.quant_conv.bias[c:] = -6.0
 
     def posterior(self, x):
@@ -682,17 +560,12 @@ class VAE(nn.Module):
         return y + self.shuffle.decode(self.skip_out(z)) if self.shuffle else y
 
 
-def build_end(cfg):
-    """The end of cfg.space: "latent" -> an untrained VAE, "pixel" -> PixelShuffle."""
-    return VAE(cfg) if cfg.space == "latent" else PixelShuffle(8)
-
-
 class ResShift(nn.Module):
     """f(x_t, y0, t): the prior of all chapters.  It predicts the clean x0.
 
-    Input: x_t, scaled to unit variance (`input_scale`), beside y0: 2 C channels.  The
-    U-Net reads t as 999 t / T, so that T meets Stable Diffusion's last timestep.
-    With cfg.shortcut the U-Net predicts x0 - y0 (small presets; not in the paper).
+    Input: x_t, scaled (`input_scale`), beside y0: 2 C channels.  The U-Net reads t as
+    999 t / T, so that T meets Stable Diffusion's last timestep.  With cfg.shortcut the
+    U-Net predicts x0 - y0 (small presets; not in the paper).
     """
 
     def __init__(self, cfg):
@@ -707,88 +580,340 @@ class ResShift(nn.Module):
         self.prompts = Prompts(cfg)
 
     def forward(self, x_t, y0, t, prompt=POSITIVE):
-        scaled = x_t * self.chain.input_scale(t, x_t, self.pixel)
-        context = self.prompts(prompt, len(y0))
-        out = self.unet(torch.cat([scaled, y0], dim=1), self.unet_time(t), context)
+        eta = self.chain.at(self.chain.eta, t, x_t)
+        x = torch.cat([x_t * self.chain.input_scale(eta, self.pixel), y0], dim=1)
+        out = self.unet(x, 999 * t / self.chain.steps, self.prompts(prompt, len(y0)))
         return y0 + out if self.shortcut else out
 
-    def unet_time(self, t):
-        """The chain's t = 1 .. T on Stable Diffusion's scale of 0 .. 999."""
-        return 999 * t / self.chain.steps
+
+# ---- 5. What teaches them (read) -- a step is a generator that yields players --------
+# A stage is (step, rates).  step(batch, draws) computes, yields a player (a module) and
+# its losses, and goes on when that player has made its gradient step: what one leaves
+# for the next is a local variable.  rates: {player: learning rate}.
 
 
-# ---- 5. The degradation (skim) -- Real-ESRGAN's two stages, S3Diff's mild ranges -----
+class Batch(SimpleNamespace):
+    """One training batch, float32 on the device; what is missing is filled when read.
+
+    hq        (B, 3, H, W)      [-1, 1]        a crop of a photograph       `Pairs`
+    lq        (B, 3, H/s, W/s)  [-1, 1]        hq degraded, 8-bit levels    `Pairs`
+    scores    (B, 2)            [0, 1]         its true blur, noise         `Pairs`
+    lq_up     (B, 3, H, W)      [-1, 1]        lq, bicubic                  `upsample`
+    z_hq      (B, C, h, w)      variance 1     encode(hq)                   chapter 1
+    z_lq      (B, C, h, w)      like z_hq      encode(lq_up)                chapter 1
+    estimate  (B, 2)            (0, 1)         scores seen in lq            estimator
+    z_tea     (B, C, h, w)      like z_hq      GenDR's latent               chapter 2
+    y_tea     (B, 3, H, W)      about [-1, 1]  GenDR's picture              chapter 2
+
+    The last five are outputs of frozen networks: `Pairs.add` says which, and keeps them
+    for all pairs of a pool.  They come unrounded: 8 bits would teach a grid of 1/255.
+    """
+
+    def __getattr__(self, name):         # only called where a field is missing
+        teacher = self.__dict__.get("teachers", {}).get(name)
+        if teacher is None:
+            raise AttributeError(f"nobody fills this batch's {name}")
+        with torch.no_grad():
+            setattr(self, name, teacher(self).float())
+        return self.__dict__[name]
 
 
-@dataclass(frozen=True)
-class Ranges:
-    """What one degradation draws from; pairs are (first stage, second stage)."""
-    sigma: tuple                         # blur: Gaussian widths, pixels
-    shape: tuple                         # blur: exponents (generalised, plateau)
-    resize: tuple                        # scale factors, relative to HQ and to LQ
-    gaussian: tuple                      # noise: sigma of Gaussian noise, / 255
-    poisson: tuple                       # noise: scale of Poisson noise
-    jpeg: tuple                          # qualities
-    second_blur: float                   # probability
+class Draws:
+    """The random numbers of one step, from the CPU, so that all devices draw alike.
+
+    Under torchrun each process draws for the whole batch and keeps its share: N see
+    what one with N times the batch would.  `dice`: for what the whole batch shares.
+    """
+
+    def __init__(self, seed):
+        self.rng, self.dice = torch.Generator().manual_seed(seed), random.Random(seed)
+
+    def each(self, draw, count, *size, **how):
+        """This process's share of draw: torch.rand, torch.randn, torch.randint."""
+        (rank, n), size = world(), (world()[1] * count, *size)
+        return draw(size=size, generator=self.rng, device="cpu", **how).chunk(n)[rank]
+
+    def noise(self, x):
+        """N(0, I) in the shape of x (B, ...)."""
+        return self.each(torch.randn, *x.shape).to(x)
+
+    def times(self, first, last, count):
+        """t (count,), uniform in first .. last."""
+        return self.each(torch.randint, count, low=first, high=last + 1)
 
 
-RANGES = {
-    "real-esrgan": Ranges(
-        sigma=((0.2, 3.0), (0.2, 1.5)), shape=((0.5, 4.0), (1.0, 2.0)),
-        resize=((0.15, 1.5), (0.3, 1.2)), gaussian=((1, 30), (1, 25)),
-        poisson=((0.05, 3.0), (0.05, 2.5)), jpeg=((30, 95), (30, 95)), second_blur=0.8),
-    "mild": Ranges(
+def vae_stage(vae, cfg):
+    """mean (opponent(x - D(z)))^2 + cfg.vae_kl * KL( q(z | x) || N(0, I) ), on crops.
+
+    KL = 1/2 sum (mean^2 + exp(logvar) - 1 - logvar), a sum over the latent.
+    """
+    def step(batch, draws):
+        top, left = (draws.dice.randrange(cfg.crop - cfg.vae_crop + 1) for _ in "yx")
+        hq = batch.hq[:, :, top:top + cfg.vae_crop, left:left + cfg.vae_crop]
+        mean, logvar = vae.posterior(hq)
+        z = mean + (logvar / 2).exp() * draws.noise(mean)
+        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+        error = opponent(vae.decode(z * vae.scale) - hq).square().mean()
+        yield vae, {"mse": error, "kl": cfg.vae_kl * kl}
+    return step, {vae: cfg.vae_learning_rate}
+
+
+def prior_stage(prior, cfg):
+    """E_t mean (f(x_t, y0, t) - x0)^2, t uniform, on the latents z_hq and z_lq.
+
+    The KL weights are left out, as the paper does.  A share cfg.negative of samples
+    has the negative prompt and the target y0 (S3Diff's trick; not in ResShift): that
+    is what the negative prompt means in the chapters to come.
+    """
+    def step(batch, draws):
+        y0 = batch.z_lq
+        t = draws.times(1, cfg.steps, len(y0))
+        prompt, x0 = negatives(batch.z_hq, y0, draws, cfg)
+        x_t = prior.chain.q_sample(x0, y0, t, draws.noise(x0))
+        yield prior, {"mse": F.mse_loss(prior(x_t, y0, t, prompt), x0)}
+    return step, {prior: cfg.learning_rate}
+
+
+def negatives(target, lq, draws, cfg):
+    """S3Diff's online negatives: with probability cfg.negative the target is the LQ.
+
+    Returns (prompt (B,), target): where the prompt is NEGATIVE the target is `lq`.
+    """
+    prompt = (draws.each(torch.rand, len(target)) < cfg.negative).long()
+    prompt = prompt.to(target.device)
+    return prompt, torch.where((prompt == NEGATIVE).view(-1, 1, 1, 1), lq, target)
+
+
+# ---- 6. One training loop for every stage (read) -------------------------------------
+def train(run, name, stage, pairs, steps, watch=None):
+    """Play a stage for `steps` steps; leave averaged weights in its first player.
+
+    The random numbers of a step come from (seed, name, step), so that a resumed run
+    repeats an uninterrupted one; on the CPU bit for bit.  A checkpoint
+    runs/NAME/name.ckpt is renamed into place every cfg.save_every steps.  `watch()`
+    returns figures to log beside the losses; it touches no global generator.
+    """
+    cfg, (step, rates), seen, started = run.cfg, stage, {}, time.time()
+    # Adam is the papers' AdamW without decay; its betas are not in the papers.
+    players = {player: torch.optim.Adam(
+        [p for p in player.parameters() if p.requires_grad], rate, betas=(0.9, 0.99))
+        for player, rate in rates.items()}
+    trained = [o.param_groups[0]["params"] for o in players.values()]
+    average = [p.detach().clone() for p in trained[0]]
+    state = {"trained": trained, "average": average, "players": players.values()}
+    first = load_checkpoint(run, name, **state)
+    bar = tqdm(range(first, steps), name, steps, initial=first, disable=quiet())
+    for i, batch in zip(bar, pairs.batches(name, first, steps)):
+        moves, done = step(batch, Draws(stage_seed(cfg, name, i))), i + 1
+        warm = min(1.0, done / max(1, cfg.warmup))             # up, then half a cosine
+        factor = warm * 0.5 * (1 + math.cos(math.pi * i / steps))
+        while True:
+            with autocast(cfg):
+                player, losses = next(moves, (None, None))
+            if player is None:
+                break
+            descend(players[player], losses, factor * rates[player], cfg.clip, name)
+            seen |= {k: seen.get(k, []) + [v.detach()] for k, v in losses.items()}
+        decay = min(cfg.ema, (1 + done) / (10 + done))         # rises at first
+        torch._foreach_lerp_(average, [p.detach() for p in trained[0]], 1 - decay)
+        if done % cfg.log_every == 0 or done == steps:
+            values = {k: torch.stack(v).mean().item() for k, v in seen.items()}
+            swap(trained[0], average)
+            values |= watch() if watch and world()[0] == 0 else {}
+            swap(trained[0], average)
+            each, seen = (time.time() - started) / (done - first), {}
+            run.log(name, done, values)
+            text = "  ".join(f"{k} {v:8.4f}" for k, v in values.items())
+            tqdm.write(f"{name:9s} {done:6d}/{steps}  {text}  {1000 * each:5.0f} ms  "
+                       f"{each * (steps - done):5.0f} s left")
+        if done % cfg.save_every == 0 and done < steps:
+            save_checkpoint(run, name, done, **state)
+    swap(trained[0], average)
+
+
+def descend(optimizer, losses, rate, clip, name):
+    """One gradient step of the parameters in `optimizer`, and of nothing else.
+
+    torch.autograd.grad leaves no gradient anywhere: no other network has to be frozen.
+    Under torchrun the gradient is the mean over the processes.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    gradients = torch.autograd.grad(sum(losses.values()), parameters, allow_unused=True)
+    for p, p.grad in zip(parameters, gradients):
+        if p.grad is not None and world()[1] > 1:
+            p.grad = p.grad.contiguous()
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= world()[1]
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    if not torch.isfinite(norm):                               # one sync a step
+        bad = ", ".join(k for k, v in losses.items() if not torch.isfinite(v))
+        raise FloatingPointError(f"{name}: not finite: {bad or 'the gradient'}")
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def swap(parameters, average):
+    """Exchange the parameters with their average; twice is the identity."""
+    for p, a in zip(parameters, average):
+        kept = p.clone()
+        p.copy_(a)
+        a.copy_(kept)
+
+
+def save_checkpoint(run, name, step, trained, average, players):
+    """Everything a resumed stage needs: trained weights, moments, average, step."""
+    state = {"step": step, "trained": trained, "average": average,
+             "players": [optimizer.state_dict() for optimizer in players]}
+    write_file(run.folder / f"{name}.ckpt", lambda path: torch.save(state, path))
+
+
+@torch.no_grad()
+def load_checkpoint(run, name, trained, average, players):
+    """The inverse of `save_checkpoint`; the step to go on from, 0 without a file."""
+    file = run.folder / f"{name}.ckpt"
+    if not file.exists():
+        return 0
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    for optimizer, moments in zip(players, state["players"]):
+        optimizer.load_state_dict(moments)
+    for ours, saved in zip([average, *trained], [state["average"], *state["trained"]]):
+        torch._foreach_copy_(ours, saved)
+    run.forget(name, state["step"])
+    print(f"{name}: resuming at step {state['step']}")
+    return state["step"]
+
+
+def stage_seed(cfg, name, step):
+    """A seed of its own for every run seed, stage and step."""
+    return zlib.crc32(f"{cfg.seed} {name} {step}".encode())
+
+
+# ---- 7. Chapter 1, from photographs to a prior (read) --------------------------------
+def chapter(run, name, build, teach=None, before=()):
+    """build()'s model with its weights: loaded if runs/NAME has them, else taught now.
+
+    The global generator is seeded for each chapter, so that a chapter's start does not
+    depend on which chapters before it were trained or loaded.  What a model shares with
+    those in `before` is not stored again.  Without `teach` the file must exist.
+    """
+    torch.manual_seed(stage_seed(run.cfg, name, 0))
+    model, file = place(build()), run.folder / f"{name}.safetensors"
+    theirs = {v.data_ptr() for m in before for v in m.state_dict().values()}
+    own = {k: v for k, v in model.state_dict().items() if v.data_ptr() not in theirs}
+    if file.exists() or teach is None:
+        fit_weights(own, read_weights(file), file)
+        print(f"{name}: loaded")
+    else:
+        teach(model)
+        write_file(file, lambda path: save_weights(own, path))
+        if world()[0] == 0:
+            (run.folder / f"{name}.ckpt").unlink(missing_ok=True)
+    return model.requires_grad_(False).eval()
+
+
+def chapter_end(run, pairs=None, weights=None):
+    """The end of cfg.space: `PixelShuffle`, or a VAE: loaded, or trained on `pairs`.
+
+    weights(vae) fills it from a file instead (gendr_pix.py).  In the end `scale` makes
+    HQ latents' variance 1.
+    """
+    @torch.no_grad()
+    def teach(vae):
+        if weights:
+            weights(vae)
+        else:
+            if run.cfg.vae_skip:
+                vae.start_from_pca(pairs.some(512).hq)
+            with torch.enable_grad():
+                train(run, "vae", vae_stage(vae, run.cfg), pairs, run.cfg.vae_steps)
+        vae.scale.copy_(vae.encode(pairs.some(64).hq).std().reciprocal())
+    end = PixelShuffle(8) if run.cfg.space == "pixel" else chapter(
+        run, "vae", lambda: VAE(run.cfg), pairs and teach)
+    if pairs:
+        pairs.add("z_hq", lambda batch: end.encode(batch.hq))
+        pairs.add("z_lq", lambda batch: end.encode(batch.lq_up))
+    return end
+
+
+def chapter_prior(run, pairs=None, start=None):
+    """The prior: loaded, or trained on `pairs`; start(prior) comes first, if given."""
+    def teach(prior):
+        if start:
+            start(prior)
+        train(run, "resshift", prior_stage(prior, run.cfg), pairs, run.cfg.prior_steps)
+        errors = error_by_time(prior, pairs)
+        run.log("resshift", run.cfg.prior_steps,
+                {f"mse at t={i + 1}": e for i, e in enumerate(errors)})
+        print("mse of x0 at t = 1 .. T:", " ".join(f"{e:.3f}" for e in errors))
+    return chapter(run, "resshift", lambda: ResShift(run.cfg), pairs and teach)
+
+
+@torch.no_grad()
+def error_by_time(prior, pairs):
+    """Mean squared error of x0 for every t = 1 .. T, on 64 pairs: T floats."""
+    batch, errors, chain = pairs.some(64), [], prior.chain
+    noise = noise_like(batch.z_hq, torch.Generator().manual_seed(0))
+    for t in torch.arange(1, chain.steps + 1)[:, None].expand(-1, len(noise)):
+        x_t = chain.q_sample(batch.z_hq, batch.z_lq, t, noise)
+        errors.append(F.mse_loss(prior(x_t, batch.z_lq, t), batch.z_hq).item())
+    return errors
+
+
+@torch.no_grad()
+def sample(prior, end, lq, scale=4, seed=0):
+    """The whole chain: lq (1, 3, h, w) -> (1, 3, s h, s w) in [-1, 1], T steps."""
+    x = upsample(lq, scale)
+    y0 = end.encode(pad_to(x, end.factor))
+    z = prior.chain.sample(prior, y0, torch.Generator().manual_seed(seed))
+    return end.decode(z)[:, :, :x.shape[2], :x.shape[3]].clamp(-1, 1)
+
+
+def pad_to(x, multiple):
+    """x with its right and bottom edge repeated up to a multiple: (B, C, H', W')."""
+    h, w = (-n % multiple for n in x.shape[2:])
+    return F.pad(x, (0, w, 0, h), mode="replicate")
+
+
+# ---- 8. The degradation (skim) -- Real-ESRGAN's two stages, S3Diff's mild ranges -----
+RANGES = {                               # pairs: first stage, second stage
+    "real-esrgan": SimpleNamespace(
+        sigma=((0.2, 3.0), (0.2, 1.5)),          # of the blur, pixels
+        shape=((0.5, 4.0), (1.0, 2.0)),          # its exponents: generalised, plateau
+        resize=((0.15, 1.5), (0.3, 1.2)),        # factors, relative to HQ and to LQ
+        gaussian=((1, 30), (1, 25)),             # sigma of the noise, / 255
+        poisson=((0.05, 3.0), (0.05, 2.5)),      # scale of shot noise
+        jpeg=((30, 95), (30, 95)), second_blur=0.8),
+    "mild": SimpleNamespace(
         sigma=((0.2, 1.5), (0.2, 1.0)), shape=((0.5, 2.0), (1.0, 1.5)),
         resize=((0.3, 1.5), (0.6, 1.2)), gaussian=((1, 15), (1, 12)),
         poisson=((0.05, 2.0), (0.05, 1.0)), jpeg=((60, 95), (60, 100)),
-        second_blur=0.5),
-}
+        second_blur=0.5)}
 KERNELS = {"iso": 0.45, "aniso": 0.25, "generalised iso": 0.12,
            "generalised aniso": 0.03, "plateau iso": 0.12, "plateau aniso": 0.03}
-RESIZE = (((0.2, 0.7, 0.1), (0.3, 0.4, 0.3)))     # up, down, keep in the two stages
+RESIZE = ((0.2, 0.7, 0.1), (0.3, 0.4, 0.3))       # up, down, keep in the two stages
 SINC_BLUR, SINC_FINAL = 0.1, 0.8                  # probabilities of a sinc filter
 GAUSSIAN_NOISE, GRAY_NOISE = 0.5, 0.4             # else Poisson; else per channel
 BLUR_MAX, NOISE_MAX = 1.2, 16 / 255               # score 1: LQ pixels; LQ RMS on [0, 1]
 
 
-class Dice:
-    """The draws of one sample, all from one generator."""
-
-    def __init__(self, generator):
-        self.generator = generator
-
-    def uniform(self, low, high):
-        """A float in [low, high)."""
-        return low + (high - low) * torch.rand((), generator=self.generator).item()
-
-    def chance(self, p):
-        """True with probability p."""
-        return self.uniform(0, 1) < p
-
-    def pick(self, options, weights=None):
-        """One of `options`, uniformly or by weight."""
-        weights = torch.ones(len(options)) if weights is None else torch.tensor(weights)
-        return options[torch.multinomial(weights, 1, generator=self.generator).item()]
-
-
-def gaussian_kernel(size, sigma_x, sigma_y, theta, kind, shape):
+def gaussian_kernel(size, sigma_x, sigma_y=None, theta=0.0, shape=1.0, plateau=False):
     """exp(-u^s / 2) or 1 / (1 + u^s), u = x^T Sigma^-1 x, normalised: (size, size)."""
-    r = torch.arange(size) - size // 2
-    y, x = torch.meshgrid(r.float(), r.float(), indexing="ij")
+    n = torch.arange(size, dtype=torch.float64) - size // 2
+    y, x = torch.meshgrid(n, n, indexing="ij")
     a = (x * math.cos(theta) + y * math.sin(theta)) / sigma_x
-    b = (-x * math.sin(theta) + y * math.cos(theta)) / sigma_y
-    u = a ** 2 + b ** 2
-    k = 1 / (1 + u ** shape) if "plateau" in kind else torch.exp(-0.5 * u ** shape)
-    return k / k.sum()
+    b = (-x * math.sin(theta) + y * math.cos(theta)) / (sigma_y or sigma_x)
+    u = (a ** 2 + b ** 2) ** shape
+    k = 1 / (1 + u) if plateau else torch.exp(-0.5 * u)
+    return (k / k.sum()).float()
 
 
 def sinc_kernel(size, cutoff):
     """The circular low-pass c J1(c r) / (2 pi r), c in (0, pi], summing to 1."""
-    r = torch.arange(size) - size // 2
-    y, x = torch.meshgrid(r.double(), r.double(), indexing="ij")
-    d = (x ** 2 + y ** 2).sqrt()
-    k = cutoff * torch.special.bessel_j1(cutoff * d) / (2 * math.pi * d.clamp(min=1e-9))
-    k[size // 2, size // 2] = cutoff ** 2 / (4 * math.pi)
+    n = torch.arange(size, dtype=torch.float64) - size // 2
+    r = (n[:, None] ** 2 + n ** 2).sqrt().clamp(min=1e-6)
+    k = cutoff * torch.special.bessel_j1(cutoff * r) / (2 * math.pi * r)
     return (k / k.sum()).float()
 
 
@@ -799,20 +924,17 @@ def sinc_variance(cutoff):
 
 def random_kernel(dice, stage, ranges):
     """A blur kernel of Real-ESRGAN's mixture and its variance per axis, pixels^2."""
-    size = 2 * dice.pick(range(3, 11)) + 1                     # odd, 7 .. 21
-    if dice.chance(SINC_BLUR):
+    size = 2 * dice.randrange(3, 11) + 1                       # odd, 7 .. 21
+    if dice.random() < SINC_BLUR:
         cutoff = dice.uniform(math.pi / 3 if size < 13 else math.pi / 5, math.pi)
         return sinc_kernel(size, cutoff), sinc_variance(cutoff)
-    kind = dice.pick(list(KERNELS), list(KERNELS.values()))
-    sigma_x = dice.uniform(*ranges.sigma[stage])
-    sigma_y = sigma_x if "aniso" not in kind else dice.uniform(*ranges.sigma[stage])
-    shape = 1.0
-    if "generalised" in kind or "plateau" in kind:
-        shape = dice.uniform(*ranges.shape["plateau" in kind])
-    k = gaussian_kernel(size, sigma_x, sigma_y, dice.uniform(-math.pi, math.pi), kind,
-                        shape)
-    r2 = (torch.arange(size) - size // 2).float() ** 2
-    return k, ((k.sum(0) * r2).sum() + (k.sum(1) * r2).sum()).item() / 2
+    kind = dice.choices(list(KERNELS), KERNELS.values())[0]
+    plateau, sigma = "plateau" in kind, [dice.uniform(*ranges.sigma[stage])]
+    sigma += [dice.uniform(*ranges.sigma[stage]) if "aniso" in kind else None]
+    shape = 1.0 if kind in ("iso", "aniso") else dice.uniform(*ranges.shape[plateau])
+    k = gaussian_kernel(size, *sigma, dice.uniform(-math.pi, math.pi), shape, plateau)
+    r2 = (torch.arange(size) - size // 2.0) ** 2
+    return k, (k * (r2[:, None] + r2)).sum().item() / 2
 
 
 def blur(x, kernel):
@@ -822,75 +944,60 @@ def blur(x, kernel):
     return F.conv2d(x, kernel.to(x).expand(c, 1, -1, -1), groups=c)
 
 
-def random_resize(x, dice, size):
-    """x to (h, w) = size, by area, bilinear or bicubic interpolation."""
-    mode = dice.pick(["area", "bilinear", "bicubic"])
-    corners = {} if mode == "area" else {"align_corners": False}
-    return F.interpolate(x, size=size, mode=mode, **corners)
-
-
-def resize_factor(dice, stage, ranges):
-    """A factor above, below or at 1, by the stage's odds."""
-    low, high = ranges.resize[stage]
-    direction = dice.pick(["up", "down", "keep"], RESIZE[stage])
-    return {"up": dice.uniform(1, high), "down": dice.uniform(low, 1), "keep": 1.0}[
-        direction]
-
-
-def random_noise(x, dice, stage, ranges):
+def random_noise(x, dice, rng, stage, ranges):
     """x (1, 3, h, w) on [0, 1] plus Gaussian or Poisson noise, coloured or grey."""
-    gray = dice.chance(GRAY_NOISE)
-    if dice.chance(GAUSSIAN_NOISE):
-        shape = x[:, :1].shape if gray else x.shape
+    base = (luma(x) if dice.random() < GRAY_NOISE else x).clamp(0, 1)
+    if dice.random() < GAUSSIAN_NOISE:
         sigma = dice.uniform(*ranges.gaussian[stage]) / 255
-        return x + sigma * torch.randn(shape, generator=dice.generator)
-    base = (luma(x) if gray else x).clamp(0, 1)                # 256 photon levels
-    shot = torch.poisson(base * 256, generator=dice.generator) / 256 - base
+        return x + sigma * torch.randn(base.shape, generator=rng)
+    shot = torch.poisson(base * 256, generator=rng) / 256 - base    # 256 photon levels
     return x + dice.uniform(*ranges.poisson[stage]) * shot
 
 
 def jpeg(x, quality):
     """x (1, 3, h, w) on [0, 1] through Pillow's JPEG codec."""
-    buffer = io.BytesIO()
-    to_pil(x * 2 - 1).save(buffer, "JPEG", quality=int(quality))
+    to_pil(x * 2 - 1).save(buffer := io.BytesIO(), "JPEG", quality=int(quality))
     return to_unit(from_pil(Image.open(buffer)))
 
 
-def degrade_one(hq, cfg, dice):
-    """One picture (1, 3, H, W) in [0, 1] -> LQ (1, 3, H/s, W/s), blur, noise score."""
-    ranges, (height, width) = RANGES[cfg.ranges], hq.shape[2:]
-    small = (height // cfg.scale, width // cfg.scale)
-    # Two copies take the same blurs and resizes, but only the first gets the noise
-    # and the JPEG: their difference at the end is the true noise.
-    x, variance = hq.expand(2, -1, -1, -1), 0.0                # variance in LQ pixels^2
+def degrade_one(hq, cfg, dice, rng):
+    """One picture (1, 3, H, W) in [0, 1] -> LQ (1, 3, H/s, W/s), [blur, noise]."""
+    ranges, small = RANGES[cfg.ranges], [n // cfg.scale for n in hq.shape[2:]]
+    # `clean` takes the same blurs and resizes as x, but no noise and no JPEG: their
+    # difference at the end is the true noise.
+    x, clean, variance = hq, hq, 0.0                           # variance in LQ pixels^2
+
+    def both(function, *how):
+        return function(torch.cat([x, clean]), *how).chunk(2)
+
+    def resize(x, size):
+        return F.interpolate(x, size, mode=dice.choice(["area", "bilinear", "bicubic"]))
     for stage in (0, 1):
         pixel = x.shape[2] / small[0]                          # LQ pixel, in x's pixels
-        if stage == 0 or dice.chance(ranges.second_blur):
+        if stage == 0 or dice.random() < ranges.second_blur:
             kernel, v = random_kernel(dice, stage, ranges)
-            x, variance = blur(x, kernel), variance + v / pixel ** 2
-        factor = resize_factor(dice, stage, ranges)
-        base = (height, width) if stage == 0 else small
-        size = [max(1, int(n * factor)) for n in base]
-        x = random_resize(x, dice, size)
-        if size[0] < small[0]:                                 # lost above f pi
-            variance += sinc_variance(math.pi * size[0] / small[0]) - sinc_variance(
+            (x, clean), variance = both(blur, kernel), variance + v / pixel ** 2
+        low, high = ranges.resize[stage]
+        ends = dice.choices([(1, high), (low, 1), (1, 1)], RESIZE[stage])[0]
+        base, factor = small if stage else hq.shape[2:], dice.uniform(*ends)
+        x, clean = both(resize, [max(1, int(n * factor)) for n in base])
+        if x.shape[2] < small[0]:                              # lost above f pi
+            variance += sinc_variance(math.pi * x.shape[2] / small[0]) - sinc_variance(
                 math.pi)
-        noisy = random_noise(x[:1], dice, stage, ranges).clamp(0, 1)
+        x = random_noise(x, dice, rng, stage, ranges).clamp(0, 1)
         if stage == 0:
-            noisy = jpeg(noisy, dice.uniform(*ranges.jpeg[0]))
-        x = torch.cat([noisy, x[1:]])
-    sinc_first, final_sinc = dice.chance(0.5), dice.chance(SINC_FINAL)
-    cutoff, quality = dice.uniform(math.pi / 3, math.pi), dice.uniform(*ranges.jpeg[1])
-    if not sinc_first:
-        x = torch.cat([jpeg(x[:1].clamp(0, 1), quality), x[1:]])
-    x = random_resize(x, dice, small)
-    if final_sinc:
-        x, variance = blur(x, sinc_kernel(21, cutoff)), variance + sinc_variance(cutoff)
-    if sinc_first:
-        x = torch.cat([jpeg(x[:1].clamp(0, 1), quality), x[1:]])
-    lq, clean = x.clamp(0, 1).chunk(2)
-    noise = (lq - clean).square().mean().sqrt().item()
-    return lq, min(1.0, variance ** 0.5 / BLUR_MAX), min(1.0, noise / NOISE_MAX)
+            x = jpeg(x, dice.uniform(*ranges.jpeg[0]))
+    sinc_first, quality = dice.random() < 0.5, dice.uniform(*ranges.jpeg[1])
+    x = x if sinc_first else jpeg(x, quality)
+    x, clean = both(resize, small)
+    if dice.random() < SINC_FINAL:
+        cutoff = dice.uniform(math.pi / 3, math.pi)
+        x, clean = both(blur, sinc_kernel(21, cutoff))
+        variance += sinc_variance(cutoff)
+    x, clean = x.clamp(0, 1), clean.clamp(0, 1)
+    x = jpeg(x, quality) if sinc_first else x
+    noise = (x - clean).square().mean().sqrt().item()
+    return x, [min(1.0, variance ** 0.5 / BLUR_MAX), min(1.0, noise / NOISE_MAX)]
 
 
 def degrade(hq, cfg, generator):
@@ -902,17 +1009,13 @@ def degrade(hq, cfg, generator):
     of all filters together (LQ pixels / BLUR_MAX), and noise, the RMS of what noise
     and JPEG left in lq (/ NOISE_MAX), both cut at 1.
     """
-    pictures, scores = [], []
-    for picture in to_unit(hq.cpu()).split(1):
-        lq, *score = degrade_one(picture, cfg, Dice(generator))
-        pictures.append((lq * 255).round() / 255)
-        scores.append(score)
-    return torch.cat(pictures) * 2 - 1, torch.tensor(scores)
+    seeds = torch.randint(2 ** 62, (len(hq),), generator=generator).tolist()
+    lq, scores = zip(*(degrade_one(x, cfg, random.Random(seed), generator)
+                       for x, seed in zip(to_unit(hq.cpu()).split(1), seeds)))
+    return from_bytes((torch.cat(lq) * 255).round()), torch.tensor(scores)
 
 
-# ---- 6. Pictures and metrics (skim) --------------------------------------------------
-
-
+# ---- 9. Pictures and metrics (skim) --------------------------------------------------
 class UserError(Exception):
     """What the user can mend: one line on stderr, exit code 2."""
 
@@ -928,7 +1031,7 @@ def to_bytes(x):
 
 
 def from_bytes(x):
-    """uint8 -> [-1, 1]."""
+    """0 .. 255 -> float in [-1, 1]."""
     return x.float() / 127.5 - 1
 
 
@@ -938,9 +1041,9 @@ def to_pil(x):
 
 
 def from_pil(picture):
-    """A Pillow picture -> (1, 3, H, W) in [-1, 1]."""
-    array = np.array(picture.convert("RGB"))
-    return from_bytes(rearrange(torch.from_numpy(array), "h w c -> 1 c h w"))
+    """A Pillow picture -> (1, 3, H, W) in [-1, 1]; alpha is dropped."""
+    array = torch.from_numpy(np.array(picture.convert("RGB")))
+    return from_bytes(rearrange(array, "h w c -> 1 c h w"))
 
 
 def open_picture(path):
@@ -961,15 +1064,10 @@ def open_picture(path):
         raise UserError(f"{path}: not a readable picture ({error})") from None
 
 
-def read_picture(path):
-    """(1, 3, H, W) in [-1, 1] from any picture file; alpha is dropped."""
-    return from_pil(open_picture(path))
-
-
 def picture_files(folder):
-    """The pictures of a folder, sorted; UserError where there are none."""
+    """The pictures in a folder and below it, sorted; UserError where there are none."""
     kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-    files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in kinds)
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in kinds)
     if not files:
         raise UserError(f"{folder}: no pictures in this folder")
     return files
@@ -977,14 +1075,13 @@ def picture_files(folder):
 
 def upsample(lq, scale):
     """Bicubic (a = -0.5, as Pillow and Matlab have it): (B, 3, h, w) -> s times."""
-    size = (lq.shape[2] * scale, lq.shape[3] * scale)
-    return F.interpolate(lq, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+    size = [n * scale for n in lq.shape[2:]]
+    return F.interpolate(lq, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def luma(x):
-    """Full-range BT.601 luma of [0, 1] RGB: (B, 3, H, W) -> (B, 1, H, W)."""
-    weights = torch.tensor([0.299, 0.587, 0.114]).to(x).view(1, 3, 1, 1)
-    return (x * weights).sum(1, keepdim=True)
+def luma(x, weights=(0.299, 0.587, 0.114)):
+    """Full-range BT.601 luma of RGB: (B, 3, H, W) -> (B, 1, H, W)."""
+    return (x * torch.tensor(weights).to(x).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 def opponent(x):
@@ -994,14 +1091,13 @@ def opponent(x):
 
 
 def studio_y(x):
-    """Y of BT.601 in 16 .. 235, from [0, 1] RGB, unrounded: (B, 1, H, W)."""
-    weights = torch.tensor([65.481, 128.553, 24.966]).to(x).view(1, 3, 1, 1)
-    return (x * weights).sum(1, keepdim=True) + 16
+    """Y of BT.601 in 16 .. 235, from [0, 1] RGB, unrounded: (B, 1, H, W), float64."""
+    return luma(x.double(), (65.481, 128.553, 24.966)) + 16
 
 
 def psnr(a, b):
     """10 log10(255^2 / MSE) on unrounded Y, no border crop: (B,) dB from [0, 1]."""
-    mse = (studio_y(a.double()) - studio_y(b.double())).square().mean((1, 2, 3))
+    mse = (studio_y(a) - studio_y(b)).square().mean((1, 2, 3))
     return 10 * torch.log10(255 ** 2 / mse)
 
 
@@ -1011,11 +1107,9 @@ def ssim(a, b):
     ((2 mu_a mu_b + C1) / (mu_a^2 + mu_b^2 + C1)) ((2 cov + C2) / (var_a + var_b + C2)),
     Wang et al. 2004, with negative contrast terms clamped at 0.
     """
-    a, b = studio_y(a.double()).round(), studio_y(b.double()).round()
-    window = gaussian_kernel(11, 1.5, 1.5, 0.0, "iso", 1.0).double()[None, None]
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mu_a, mu_b, aa, bb, ab = (F.conv2d(x, window.to(a)) for x in
-                              (a, b, a * a, b * b, a * b))
+    a, b = studio_y(a).round(), studio_y(b).round()
+    window, c1, c2 = gaussian_kernel(11, 1.5).to(a)[None, None], 2.55 ** 2, 7.65 ** 2
+    mu_a, mu_b, aa, bb, ab = (F.conv2d(x, window) for x in (a, b, a * a, b * b, a * b))
     contrast = (2 * (ab - mu_a * mu_b) + c2) / (aa - mu_a ** 2 + bb - mu_b ** 2 + c2)
     luminance = (2 * mu_a * mu_b + c1) / (mu_a ** 2 + mu_b ** 2 + c1)
     return (luminance * contrast.clamp(min=0)).mean((1, 2, 3))
@@ -1024,9 +1118,8 @@ def ssim(a, b):
 class Perceptual(nn.Module):
     """LPIPS of images in [-1, 1]: forward(a, b) -> (B,).  `name` says what measured.
 
-    The package brings LPIPS' trained heads; torchvision downloads the backbone on
-    first use.  Where it cannot, the same network runs with a backbone at a fixed
-    random seed, and every number of it is called "LPIPS (random features)".
+    torchvision downloads the backbone on first use.  Where it cannot, it stays at a
+    fixed random seed, and every table of it says "LPIPS (random features)".
     """
     FILES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 
@@ -1039,9 +1132,9 @@ class Perceptual(nn.Module):
                 self.model = lpips.LPIPS(net=net, verbose=False)
                 self.name = f"LPIPS ({net})"
             except OSError:                                    # URLError is one
-                place = Path(torch.hub.get_dir()) / "checkpoints" / self.FILES[net]
-                print(f"LPIPS: no backbone; random features instead. For the real one "
-                      f"put {self.FILES[net]} (torchvision) into {place.parent}")
+                print("LPIPS: no backbone; random features instead. For the real one "
+                      f"put {self.FILES[net]} (torchvision) into "
+                      f"{torch.hub.get_dir()}/checkpoints")
                 self.model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
                 self.name = "LPIPS (random features)"
         self.requires_grad_(False).eval()
@@ -1050,27 +1143,184 @@ class Perceptual(nn.Module):
         return self.model(a, b).flatten()
 
 
-# ---- 7. Training pairs (read) --------------------------------------------------------
+@torch.no_grad()
+def evaluate(methods, held, lpips):
+    """{method: {"psnr", "ssim", "lpips", "ms": means, "each": [...], "pictures"}}.
+
+    methods: {name: function of a held-out pair -> (1, 3, H, W) in [-1, 1]}.
+    """
+    table = {}
+    for name, method in methods.items():
+        started, each = time.perf_counter(), []
+        pictures = [method(pair).float().clamp(-1, 1) for pair in held]
+        ms = 1000 * (time.perf_counter() - started) / len(held)
+        for y, pair in zip(pictures, held):
+            a, b = to_unit(y), to_unit(pair.hq)
+            each.append({"psnr": psnr(a, b).item(), "ssim": ssim(a, b).item(),
+                         "lpips": lpips(y, pair.hq).item()})
+        mean = {k: sum(e[k] for e in each) / len(each) for k in each[0]}
+        table[name] = {**mean, "ms": ms, "each": each, "pictures": pictures}
+    return table
 
 
+def print_table(title, rows, columns):
+    """The one table printer: rows {name: {key: value}}, columns {key: (head, format)}.
+
+    A value is a number or a text; what a row lacks stays empty.
+    """
+    lines = {title: [head for head, _ in columns.values()]}
+    for name, row in rows.items():
+        lines[name] = [v if isinstance(v, str) else format(v, form) for v, form in
+                       ((row.get(k, ""), form) for k, (_, form) in columns.items())]
+    widths = [max(map(len, column)) for column in zip(*lines.values())]
+    print()
+    for name, line in lines.items():
+        print(f"{name:{max(map(len, lines))}s}  " + "  ".join(
+            f"{text:>{width}s}" for text, width in zip(line, widths)))
+
+
+def quality(lpips):
+    """`print_table`'s columns of what `evaluate` measures."""
+    return {"psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".4f"),
+            "lpips": (lpips.name, ".4f"), "ms": ("ms", ".0f")}
+
+
+# ---- 10. Training pairs (skim) -------------------------------------------------------
+class Pairs(Dataset):
+    """Degraded pairs from a folder of photographs; item `seed` is that seed's pair.
+
+    Photographs are read when needed.  With cfg.pool a number of pairs is made once and
+    kept, and so are frozen networks' outputs on them (`add`); with pool = 0 every step
+    has new pairs, from torch's DataLoader, and `add`'s networks run on each batch.
+    """
+
+    def __init__(self, cfg):
+        self.cfg, self.kept, files = cfg, {}, picture_files(cfg.train_data)
+        self.teachers = {"lq_up": lambda batch: upsample(batch.lq, cfg.scale)}
+        self.files = [f for f in files if min(Image.open(f).size) >= cfg.crop]
+        print(f"{cfg.train_data}: {len(self.files)} photographs used, "
+              f"{len(files) - len(self.files)} left out, smaller than {cfg.crop} px")
+        if not self.files:
+            raise UserError(f"{cfg.train_data}: no picture has a {cfg.crop} pixel crop")
+
+    def __getitem__(self, seed):
+        rng, dice = torch.Generator().manual_seed(seed), random.Random(seed)
+        hq = random_crop(from_pil(open_picture(dice.choice(self.files))), self.cfg.crop,
+                         dice)
+        lq, scores = degrade(hq, self.cfg, rng)
+        return {"hq": to_bytes(hq)[0], "lq": to_bytes(lq)[0], "scores": scores[0]}
+
+    def make(self, seeds, size):
+        """Batches of `size` pairs for these seeds, from cfg.workers processes."""
+        return DataLoader(self, size, sampler=seeds, num_workers=self.cfg.workers,
+                          pin_memory=device().type == "cuda")
+
+    def fill(self):
+        """Make the pool, if cfg asks for one."""
+        seeds = [stage_seed(self.cfg, "pool", i) for i in range(self.cfg.pool)]
+        made = list(tqdm(self.make(seeds, 1), "pairs", disable=quiet()))
+        self.kept = {k: torch.cat([m[k] for m in made]) for k in (made or [{}])[0]}
+
+    def batch(self, columns, index=slice(None)):
+        """The `Batch` of these columns' rows on the device, pictures as float."""
+        rows = {k: v[index].to(device(), non_blocking=True) for k, v in columns.items()}
+        return Batch(teachers=self.teachers, **{
+            k: from_bytes(v) if v.dtype == torch.uint8 else v for k, v in rows.items()})
+
+    def some(self, count):
+        """A `Batch` of the first `count` pairs, or fewer where crops are over 128^2."""
+        count = max(1, min(count, count * 128 ** 2 // self.cfg.crop ** 2))
+        seeds = [stage_seed(self.cfg, "pool", i) for i in range(count)]
+        return self.batch(self.kept or next(iter(self.make(seeds, count))),
+                          slice(count))
+
+    def batches(self, stage, first, steps):
+        """The batches of steps first .. steps - 1, other samples in every process."""
+        cfg, (rank, size) = self.cfg, world()
+        n = cfg.estimator_batch if stage == "estimator" else cfg.batch
+        if self.kept:
+            for i in range(first, steps):
+                draws = Draws(stage_seed(cfg, f"{stage} rows", i))
+                yield self.batch(self.kept, draws.each(torch.randint, n, high=cfg.pool))
+        else:
+            seeds = (stage_seed(cfg, f"{stage} pairs", (i * size + rank) * n + j)
+                     for i in range(first, steps) for j in range(n))
+            yield from map(self.batch, self.make(seeds, n))
+
+    def add(self, name, function):
+        """Let function(batch) fill the field `name`: now for a pool, else when read."""
+        self.teachers[name], n = function, self.cfg.batch
+        if self.kept:
+            self.kept[name] = torch.cat([
+                getattr(self.batch(self.kept, slice(i, i + n)), name).cpu() for i in
+                tqdm(range(0, self.cfg.pool, n), name, disable=quiet())])
+
+
+def random_crop(photo, size, dice):
+    """A size x size crop of photo (1, 3, H, W): shrunk, turned, mirrored, recoloured.
+
+    Half of the crops come from a photo scaled down by 1 .. 0.5, half get their colour
+    channels permuted: few photographs must teach many.
+    """
+    if dice.random() < 0.5:
+        factor = dice.uniform(max(0.5, size / min(photo.shape[2:])), 1)
+        shape = [max(size, round(n * factor)) for n in photo.shape[2:]]
+        photo = F.interpolate(photo, shape, mode="bicubic", antialias=True)
+    top, left = (dice.randrange(n - size + 1) for n in photo.shape[2:])
+    crop = photo[:, :, top:top + size, left:left + size]
+    crop = torch.rot90(crop, dice.randrange(4), (2, 3))
+    if dice.random() < 0.5:
+        crop = crop[:, dice.sample(range(3), 3)]
+    return (crop.flip(3) if dice.random() < 0.5 else crop).clamp(-1, 1)
+
+
+def held_out(cfg, folder=None):
+    """Held-out photos: a list of (name, hq, lq, scores), the tensors with B = 1.
+
+    Each is degraded with a seed of its own, whatever cfg.seed.  A folder with lq/ and
+    hq/ inside gives real pairs, by name; their scores are nan.
+    """
+    folder, held, s = Path(folder or cfg.val_data), [], 8 * cfg.scale
+    real = (folder / "lq").is_dir()
+    files = {f.stem: f for f in picture_files(folder / "hq" if real else folder)}
+    other = {f.stem: f for f in picture_files(folder / "lq")} if real else files
+    if files.keys() != other.keys():
+        odd = ", ".join(sorted(files.keys() ^ other.keys()))
+        raise UserError(f"{folder}: in lq/ or in hq/ alone: {odd}")
+    for i, (name, file) in enumerate(files.items()):
+        hq, scores = from_pil(open_picture(file)), torch.full((1, 2), math.nan)
+        if min(hq.shape[2:]) < s:
+            raise UserError(f"{file}: smaller than {s} pixels")
+        if real:
+            lq = from_pil(open_picture(other[name]))
+            if hq.shape[2:] != tuple(n * cfg.scale for n in lq.shape[2:]):
+                raise UserError(f"{file}: not {cfg.scale} times as large as its LQ")
+        else:
+            hq = hq[:, :, :hq.shape[2] // s * s, :hq.shape[3] // s * s]
+            lq, scores = degrade(hq, cfg, torch.Generator().manual_seed(10_000 + i))
+        held.append(SimpleNamespace(name=name, hq=hq.to(device()), lq=lq.to(device()),
+                                    scores=scores))
+    return held
+
+
+# ---- 11. Devices, processes, files (skim) --------------------------------------------
 def device():
-    """The GPU of this process, or the CPU; inside `with torch.device("meta")`, that."""
-    if torch.get_default_device().type == "meta":
-        return torch.device("meta")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def to_device(x):
-    """x on `device()`; to a GPU by way of pinned memory, without waiting for it."""
-    if device().type == "cuda":
-        return x.pin_memory().to(device(), non_blocking=True)
-    return x.to(device())
+    """The default device where one is set (meta, say), else the GPU, else the CPU."""
+    default = torch.get_default_device()
+    cuda = default.type == "cpu" and torch.cuda.is_available()
+    return torch.device("cuda") if cuda else default
 
 
 def autocast(cfg):
     """bf16 autocast on CUDA where the preset asks for it; plain fp32 otherwise."""
     on = cfg.precision == "bf16" and device().type == "cuda"
     return torch.autocast(device().type, dtype=torch.bfloat16, enabled=on)
+
+
+def place(model):
+    """The model on `device()`; on a GPU its convolutions' weights in channels_last."""
+    cuda = device().type == "cuda"
+    return model.to(device(), **{"memory_format": torch.channels_last} if cuda else {})
 
 
 def world():
@@ -1080,253 +1330,92 @@ def world():
     return (d.get_rank(), d.get_world_size()) if joined else (0, 1)
 
 
-def per_sample(draw, count):
-    """This process's share of draw(n), n the samples of all processes together.
-
-    With it N processes see what one process with N times the batch would see.
-    """
-    rank, size = world()
-    return draw(size * count)[rank * count:(rank + 1) * count]
-
-
-def batch_noise(x, rng):
-    """N(0, I) in the shape of a training batch x, drawn for all processes."""
-    return per_sample(lambda n: torch.randn(n, *x.shape[1:], generator=rng),
-                      len(x)).to(x)
-
-
-def place(model):
-    """The model on `device()`; on a GPU its convolutions' weights in channels_last."""
-    if device().type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
-    return model.to(device())
-
-
-class Pool:
-    """Degraded pairs, made once: `hq`, `lq` (uint8) and `scores`, plus what is added.
-
-    A frozen network's outputs on the pool need computing only once: `add` keeps them.
-    """
-
-    def __init__(self, cfg):
-        self.cfg, rng = cfg, torch.Generator().manual_seed(cfg.seed)
-        photos = [to_bytes(read_picture(f)) for f in picture_files(cfg.train_data)]
-        photos = [p for p in photos if min(p.shape[2:]) >= cfg.crop]
-        if not photos:
-            raise UserError(f"{cfg.train_data}: no picture has a {cfg.crop} pixel crop")
-        dice, pairs = Dice(rng), []
-        for _ in tqdm(range(cfg.pool), "degraded pairs", disable=quiet()):
-            hq = random_crop(from_bytes(dice.pick(photos)), cfg.crop, dice)
-            lq, scores = degrade(hq, cfg, rng)
-            pairs.append((to_bytes(hq), to_bytes(lq), scores))
-        hq, lq, scores = (torch.cat(column) for column in zip(*pairs))
-        self.columns = {"hq": hq, "lq": lq, "scores": scores}
-
-    def __len__(self):
-        return len(self.columns["hq"])
-
-    def rows(self, index):
-        """The rows of `index` on the device; pictures as float, `lq_up` on the way."""
-        batch = {name: to_device(column[index]) for name, column in
-                 self.columns.items()}
-        batch = {name: from_bytes(x) if x.dtype == torch.uint8 else x
-                 for name, x in batch.items()}
-        batch["lq_up"] = upsample(batch["lq"], self.cfg.scale)
-        return batch
-
-    def batch(self, rng):
-        """cfg.batch random rows, others in every process."""
-        return self.rows(per_sample(
-            lambda n: torch.randint(len(self), (n,), generator=rng), self.cfg.batch))
-
-    def with_batch(self, size):
-        """The same pool, dealt in batches of another size."""
-        other = copy.copy(self)
-        other.cfg = dataclasses.replace(self.cfg, batch=size)
-        return other
-
-    @torch.no_grad()
-    def add(self, name, function):
-        """Keep function(rows) under `name`, computed once, a batch at a time.
-
-        Images go in as they come out, in float: rounding them would teach the
-        students a grid of 1/255 that the teacher does not have.
-        """
-        out = []
-        for index in tqdm(torch.arange(len(self)).split(self.cfg.batch),
-                          f"pool: {name}", disable=quiet()):
-            out.append(function(self.rows(index)).float().cpu())
-        self.columns[name] = torch.cat(out)
-
-
 def quiet():
     """tqdm's `disable`: no bars where stderr is no terminal, or from other ranks."""
     return True if world()[0] > 0 else None
 
 
-def random_crop(photo, size, dice):
-    """A size x size crop of photo (1, 3, H, W): shrunk, turned, mirrored, recoloured.
-
-    Half of the crops come from a photo scaled down by 1 .. 0.5, half get their colour
-    channels permuted: few photographs must teach many.
-    """
-    if dice.chance(0.5):
-        factor = dice.uniform(max(0.5, size / min(photo.shape[2:])), 1)
-        shape = [max(size, round(n * factor)) for n in photo.shape[2:]]
-        photo = F.interpolate(photo, size=shape, mode="bicubic", antialias=True)
-    y, x = (int(dice.uniform(0, n - size + 1)) for n in photo.shape[2:])
-    crop = photo[:, :, y:y + size, x:x + size]
-    crop = torch.rot90(crop, dice.pick(range(4)), (2, 3))
-    if dice.chance(0.5):
-        crop = crop[:, torch.randperm(3, generator=dice.generator)]
-    return (crop.flip(3) if dice.chance(0.5) else crop).clamp(-1, 1)
-
-
-@dataclass(frozen=True)
-class Held:
-    """One held-out pair: hq, lq (1, 3, ., .) in [-1, 1], its true scores, its name."""
-    name: str
-    hq: torch.Tensor
-    lq: torch.Tensor
-    scores: torch.Tensor
-
-
-def held_out(cfg, folder=None):
-    """Held-out photos, each degraded with a seed of its own, whatever cfg.seed.
-
-    A folder with lq/ and hq/ inside gives real pairs, file by file; scores are nan.
-    """
-    folder, pairs = Path(folder or cfg.val_data), []
-    if (folder / "lq").is_dir():
-        both = [picture_files(folder / name) for name in ("hq", "lq")]
-        if len(both[0]) != len(both[1]):
-            raise UserError(f"{folder}: hq/ and lq/ differ in number")
-        for hq_file, lq_file in zip(*both):
-            hq, lq = (read_picture(f).to(device()) for f in (hq_file, lq_file))
-            if hq.shape[2:] != tuple(n * cfg.scale for n in lq.shape[2:]):
-                raise UserError(f"{hq_file}: not {cfg.scale} times as large as "
-                                f"{lq_file}")
-            pairs.append(Held(hq_file.stem, hq, lq, torch.full((1, 2), math.nan)))
-        return pairs
-    for i, file in enumerate(picture_files(folder)):
-        hq = read_picture(file)
-        s = 8 * cfg.scale
-        if min(hq.shape[2:]) < s:
-            raise UserError(f"{file}: smaller than {s} pixels")
-        hq = hq[:, :, :hq.shape[2] // s * s, :hq.shape[3] // s * s]
-        lq, scores = degrade(hq, cfg, torch.Generator().manual_seed(10_000 + i))
-        pairs.append(Held(file.stem, hq.to(device()), lq.to(device()), scores))
-    return pairs
-
-
-# ---- 8. One training loop for every stage (read) -------------------------------------
-
-
 class Run:
-    """A folder runs/NAME that one process at a time may write."""
+    """A folder runs/NAME: its settings, log, weights; one process at a time writes it.
 
-    def __init__(self, folder, cfg, lock=True):
+    Without a cfg it is a finished run, to be read.  on: {name: checksum} of what a part
+    of a run stands on; like the settings it must not change while the run goes on.
+    """
+    FREE = {"save_every", "log_every", "workers"}              # may change on the way
+
+    def __init__(self, folder, cfg=None, on=None):
         self.folder, self.cfg = Path(folder), cfg
-        if world()[0] > 0:                                     # rank 0 alone writes
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot write there ({error})") from None
-        if lock:
-            self.lock()
-        settings = json.loads(json.dumps(dataclasses.asdict(cfg)))
         file = self.folder / "config.json"
-        if file.exists() and json.loads(file.read_text()) != settings:
-            old = json.loads(file.read_text())
-            names = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
-            raise UserError(f"{folder} was trained with another {', '.join(names)}; "
-                            "choose another --run or remove it")
-        write_file(file, json.dumps(settings, indent=1))
+        old = json.loads(file.read_text()) if file.exists() else None
+        if cfg is None:
+            if old is None:
+                raise UserError(f"{folder}: no run here; train first")
+            odd = (set(old) - {"on"}) ^ set(TABLE)
+            if odd:
+                raise UserError(f"{file}: another version's {', '.join(sorted(odd))}")
+            self.cfg = Config(**{k: tuple(v) if isinstance(v, list) else v
+                                 for k, v in old.items() if k != "on"})
+        elif world()[0] == 0:                                  # rank 0 alone writes
+            now = json.loads(json.dumps(dataclasses.asdict(cfg) | {"on": on or {}}))
+            old = old or now
+            odd = {k for k in {**now, **old} if old.get(k) != now.get(k)}
+            if odd - self.FREE:
+                raise UserError(f"{folder}: trained with another {', '.join(odd)}; "
+                                "choose another --run or remove it")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            write_file(file, json.dumps(now, indent=1))
 
     def lock(self):
         """Hold runs/NAME/lock until the process ends, however it ends (POSIX only)."""
-        try:
+        if importlib.util.find_spec("fcntl"):
             import fcntl
-        except ImportError:                                    # Windows: no lock
-            return
-        self.lock_file = open(self.folder / "lock", "w")
-        try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{self.folder}: another process writes this run") from None
+            self.lock_file = open(self.folder / "lock", "w")
+            try:
+                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.folder}: another process writes it") from None
 
-    def part(self, name, **change):
-        """A run in a folder of this one, under its lock, with some numbers changed.
+    def part(self, name, stands_on, **change):
+        """A run in a folder of this one, with some numbers changed.
 
-        A stage's seed comes from its name and cfg.seed alone, so that the same stage
-        in two parts starts from the same weights and sees the same batches.
+        stands_on: the chapters of this run whose weights it uses.  A stage's seed comes
+        from its name and cfg.seed alone, so that the same stage in two parts starts
+        from the same weights and sees the same batches.
         """
-        return Run(self.folder / name, dataclasses.replace(self.cfg, **change),
-                   lock=False)
+        on = {n: zlib.crc32((self.folder / f"{n}.safetensors").read_bytes())
+              for n in stands_on}
+        return Run(self.folder / name, dataclasses.replace(self.cfg, **change), on)
+
+    def log(self, stage, step, values):
+        """Append one row a value to log.csv: stage, step, name, value."""
+        if world()[0] == 0:
+            file = self.folder / "log.csv"
+            head = "" if file.exists() else "stage,step,name,value\n"
+            with open(file, "a") as f:
+                f.write(head + "".join(f"{stage},{step},{k},{v:.6g}\n"
+                                       for k, v in values.items()))
 
     def forget(self, stage, step):
         """Drop a stage's rows of log.csv after `step`: a resumed stage writes anew."""
         file = self.folder / "log.csv"
-        if file.exists():
-            rows = [line for line in file.read_text().splitlines(keepends=True)
-                    if not line.startswith(f"{stage},")
-                    or int(line.split(",")[1]) <= step]
-            write_file(file, "".join(rows))
-
-    def log(self, stage, step, values):
-        """Append one row a value to log.csv: stage, step, name, value."""
-        if world()[0] > 0:
-            return
-        file = self.folder / "log.csv"
-        new = not file.exists()
-        with open(file, "a", newline="") as f:
-            rows = csv.writer(f)
-            if new:
-                rows.writerow(["stage", "step", "name", "value"])
-            rows.writerows([stage, step, k, f"{v:.6g}"] for k, v in values.items())
-
-
-def check_config(cfg, data=True):
-    """Refuse, before anything is written, what would fail in the middle of a run."""
-    wrong = [
-        (cfg.adapter not in ("guided", "plain", "full"),
-         "adapter is guided, plain or full"),
-        (cfg.distill not in ("none", "vsd", "sid", "cid"),
-         "distill is none, vsd, sid or cid"),
-        (not 1 <= cfg.cid_t_min <= (cfg.cid_t_max or cfg.steps) <= cfg.steps,
-         "cid_t_min and cid_t_max are in 1 .. steps"),
-        (cfg.ranges not in RANGES, f"ranges is one of {', '.join(RANGES)}"),
-        (cfg.space not in ("latent", "pixel"), "space is latent or pixel"),
-        (cfg.precision not in ("fp32", "bf16"), "precision is fp32 or bf16"),
-        (len(cfg.vae_widths) != 4, "vae_widths has four levels: f = 8"),
-        (cfg.crop % (8 * cfg.scale) > 0, f"crop is a multiple of {8 * cfg.scale}"),
-        (cfg.vae_crop > cfg.crop or cfg.vae_crop % 8 > 0,
-         "vae_crop is a multiple of 8, at most crop")]
-    for bad, rule in wrong:
-        if bad:
-            raise UserError(rule)
-    if data:
-        picture_files(cfg.train_data)
+        rows = file.read_text().splitlines(keepends=True) if file.exists() else []
+        write_file(file, "".join(row for row in rows if not row.startswith(f"{stage},")
+                                 or int(row.split(",")[1]) <= step))
 
 
 def write_file(path, data):
     """Write text, or call data(path), to a temporary file, then rename it; rank 0's."""
-    if world()[0] > 0:
-        return
-    temporary = Path(f"{path}.tmp")
-    if callable(data):
-        data(temporary)
-    else:
-        temporary.write_text(data)
-    os.replace(temporary, path)
+    if world()[0] == 0:
+        temporary = Path(f"{path}.tmp")
+        data(temporary) if callable(data) else temporary.write_text(data)
+        os.replace(temporary, path)
 
 
-def save_weights(module, path):
-    """A module's state as .safetensors; shared tensors are written once a name."""
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in
-             module.state_dict().items()}
-    write_file(path, lambda p: save_file(state, p))
+def save_weights(state, path):
+    """A state dict as .safetensors; tensors with two names are written twice."""
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+    write_file(path, lambda temporary: save_file(state, temporary))
 
 
 def read_weights(path):
@@ -1339,14 +1428,9 @@ def read_weights(path):
         raise UserError(f"{path}: not a weights file ({error})") from None
 
 
-def load_weights(module, path):
-    """Load a .safetensors file; UserError names the first key that does not fit."""
-    return fit_weights(module, read_weights(path), path)
-
-
-def fit_weights(module, state, path):
-    """Load a state dict; UserError names the first key or shape that does not fit."""
-    own = module.state_dict()
+@torch.no_grad()
+def fit_weights(own, state, path):
+    """Copy `state` into the tensors `own`; UserError names the first that is unfit."""
     for key in [*own, *state]:
         if key not in own or key not in state:
             where = "this network" if key in state else "the file"
@@ -1354,615 +1438,83 @@ def fit_weights(module, state, path):
         if own[key].shape != state[key].shape:
             raise UserError(f"{path}: {key} is {tuple(state[key].shape)}, not "
                             f"{tuple(own[key].shape)}")
-    module.load_state_dict(state)
-    return module
+        own[key].copy_(state[key])
 
 
-@contextmanager
-def frozen(modules):
-    """Inside, gradients pass through these modules but none stay in their parameters.
+# ---- 12. Command line (skim) ---------------------------------------------------------
+CHOICES = {"ranges": tuple(RANGES), "space": ("latent", "pixel"),
+           "adapter": ("guided", "plain", "full"), "precision": ("fp32", "bf16"),
+           "distill": ("none", "vsd", "sid", "cid"), "lpips_net": ("alex", "vgg")}
 
-    What was frozen already is frozen afterwards, too.
+
+def command_of(doc, commands, flags):
+    """(command, {flag: value}) of the command line; only flags given are in it.
+
+    commands {name: (add_argument's keywords, flags that it reads)}, flags {name:
+    keywords}; beside them --tiny, --full, --run and a flag for every number of `TABLE`.
+    A flag that the command does not read is an error, never silence.
     """
-    trained = [p for m in modules for p in m.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
-
-
-class Player(nn.Module):
-    """A turn's losses as a forward pass, which is what DistributedDataParallel wraps:
-    it averages over all processes the gradients of `module`'s trained parameters."""
-
-    def __init__(self, module, losses):
-        super().__init__()
-        self.module, self.losses = module, losses
-
-    def forward(self, batch, rng):
-        return self.losses(batch, rng)
-
-
-@dataclass
-class Turn:
-    """One player's move: losses(batch, rng) -> {name: weighted loss} for `module`.
-
-    A stage is a list of turns; their order is the order of play.  Every turn has its
-    own optimizer, over those parameters of `module` that require gradients, and makes
-    `times` steps in a row on the same batch.
-    """
-    name: str
-    module: nn.Module
-    losses: object
-    learning_rate: float
-    times: int = 1
-
-    def start(self, cfg):
-        """Make the optimizer: AdamW, with the betas of the adversarial literature."""
-        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, self.learning_rate,
-                                           betas=(0.9, 0.99), weight_decay=0.0)
-        self.player = Player(self.module, self.losses)
-        if world()[1] > 1:
-            self.player = nn.parallel.DistributedDataParallel(self.player)
-
-    def play(self, batch, rng, cfg, rate):
-        """One optimizer step; returns the losses as floats' tensors, detached."""
-        with autocast(cfg):
-            losses = self.player(batch, rng)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * rate
-        self.optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, cfg.clip)
-        if not torch.isfinite(norm):                           # one sync a step
-            bad = [k for k, v in losses.items() if not torch.isfinite(v)]
-            raise FloatingPointError(f"{self.name}: not finite: "
-                                     f"{', '.join(bad) or 'the gradient'}")
-        self.optimizer.step()
-        return {k: v.detach() for k, v in losses.items()}
-
-
-def learning_rate_factor(step, steps, warmup):
-    """Linear warm-up, then half a cosine down to 0; step counts from 0."""
-    rise = min(1.0, (step + 1) / max(1, warmup))
-    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-class Ema:
-    """An exponential moving average of the first player's trained parameters."""
-
-    def __init__(self, parameters, decay):
-        self.parameters, self.decay, self.count = parameters, decay, 0
-        self.shadow = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def update(self):
-        """shadow <- d shadow + (1 - d) p; d rises to its value over the first steps."""
-        self.count += 1
-        d = min(self.decay, (1 + self.count) / (10 + self.count))
-        torch._foreach_lerp_(self.shadow, self.parameters, 1 - d)
-
-    @torch.no_grad()
-    def swap(self):
-        """Exchange the parameters with their average; twice is the identity."""
-        for p, s in zip(self.parameters, self.shadow):
-            keep = p.clone()
-            p.copy_(s)
-            s.copy_(keep)
-
-
-def train(run, stage, turns, pool, steps, watch=None):
-    """Play `turns` for `steps` steps; leave the averaged weights in turns[0].module.
-
-    In each turn all players but one are frozen: gradients pass through them, none stay.
-    Random draws of a step come from a generator seeded by (seed, stage, step), so a
-    resumed run repeats an uninterrupted one; on the CPU bit for bit.  A checkpoint
-    runs/NAME/STAGE.ckpt is renamed into place every cfg.save_every steps.  `watch()`
-    returns figures to print beside the losses; it must not touch any global generator.
-    """
-    cfg, file = run.cfg, run.folder / f"{stage}.ckpt"
-    for turn in turns:
-        turn.start(cfg)
-    ema, first = Ema(turns[0].parameters, cfg.ema), 0
-    if file.exists():
-        first = load_checkpoint(file, turns, ema)
-        run.forget(stage, first)
-        print(f"{stage}: resuming at step {first}")
-    bar = tqdm(range(first, steps), stage, steps, initial=first, disable=quiet())
-    started, mean = time.time(), {}
-    for step in bar:
-        rng = torch.Generator().manual_seed(stage_seed(cfg, stage, step))
-        batch, losses = pool.batch(rng), {}
-        for turn in turns:
-            rate = learning_rate_factor(step, steps, cfg.warmup)
-            with frozen([other.module for other in turns if other is not turn]):
-                for _ in range(turn.times):
-                    losses |= turn.play(batch, rng, cfg, rate)
-        ema.update()
-        for k, v in losses.items():
-            mean.setdefault(k, []).append(v)
-        done = step + 1
-        if done % max(cfg.log_every, steps // 10) == 0 or done == steps:
-            values = {k: torch.stack(v).mean().item() for k, v in mean.items()}
-            ema.swap()
-            values |= watch() if watch and world()[0] == 0 else {}
-            ema.swap()
-            each = (time.time() - started) / (done - first)
-            run.log(stage, done, values)
-            text = "  ".join(f"{k} {v:8.4f}" for k, v in values.items())
-            tqdm.write(f"{stage:9s} {done:6d}/{steps}  {text}  {1000 * each:5.0f} ms  "
-                       f"{each * (steps - done):5.0f} s left")
-            mean = {}
-        if done % cfg.save_every == 0 and done < steps:
-            save_checkpoint(file, turns, ema, done)
-    ema.swap()
-
-
-def save_checkpoint(file, turns, ema, step):
-    """Everything a resumed stage needs: weights, moments, averages, the step."""
-    state = {"step": step, "count": ema.count, "shadow": ema.shadow,
-             "modules": [t.module.state_dict() for t in turns],
-             "optimizers": [t.optimizer.state_dict() for t in turns]}
-    write_file(file, lambda p: torch.save(state, p))
-
-
-def load_checkpoint(file, turns, ema):
-    """The inverse of `save_checkpoint`; returns the step to go on from."""
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    for turn, module, optimizer in zip(turns, state["modules"], state["optimizers"]):
-        turn.module.load_state_dict(module)
-        turn.optimizer.load_state_dict(optimizer)
-    ema.count = state["count"]
-    ema.shadow = [s.to(p.device) for s, p in zip(state["shadow"], ema.parameters)]
-    return state["step"]
-
-
-# ---- 9. Chapter 1: autoencoder and prior (read) --------------------------------------
-
-
-def train_vae(run, vae, pool):
-    """|| opponent(x - D(z)) ||^2 + KL weight * KL(q(z | x) || N(0, I)), on small crops.
-
-    With cfg.vae_weights the weights come from that file instead.  Afterwards `scale`
-    makes the encoded HQ crops' variance 1, once and for all.
-    """
-    cfg = run.cfg
-    if cfg.vae_skip:
-        vae.start_from_pca(pool.rows(torch.arange(min(512, len(pool))))["hq"])
-
-    def losses(batch, rng):
-        y, x = torch.randint(cfg.crop - cfg.vae_crop + 1, (2,), generator=rng).tolist()
-        hq = batch["hq"][:, :, y:y + cfg.vae_crop, x:x + cfg.vae_crop]
-        mean, logvar = vae.posterior(hq)
-        z = mean + (logvar / 2).exp() * batch_noise(mean, rng)
-        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-        error = opponent(vae.decode(z * vae.scale) - hq).square().mean()
-        return {"mse": error, "kl": cfg.vae_kl * kl}
-    if cfg.vae_weights:
-        state = read_autoencoder(cfg.vae_weights) | {"scale": vae.scale}
-        fit_weights(vae, state, cfg.vae_weights)
-    else:
-        train(run, "vae", [Turn("vae", vae, losses, cfg.vae_learning_rate)], pool,
-              cfg.vae_steps)
-    with torch.no_grad():
-        z = vae.encode(pool.rows(torch.arange(min(64, len(pool))))["hq"])
-        vae.scale.copy_(z.std().reciprocal())
-
-
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def read_autoencoder(path):
-    """An AutoencoderKL's state under today's names of diffusers."""
-    def new(key):
-        return ".".join(OLD_NAMES.get(part, part) for part in key.split("."))
-    return {new(k): v.float() for k, v in read_weights(path).items()}
-
-
-def with_shapes_of(cfg, path):
-    """cfg with the widths, blocks and latent channels of an AutoencoderKL's file.
-
-    No shape tells the number of GroupNorm's groups: it is 32, diffusers' default.
-    """
-    state = read_autoencoder(path)
-    level = "encoder.down_blocks.{}.resnets.{}.conv1.weight"
-    for key in ("decoder.conv_in.weight", *(level.format(i, 0) for i in range(4))):
-        if key not in state:
-            raise UserError(f"{path}: no {key}: not an f = 8 AutoencoderKL")
-    widths = tuple(state[level.format(i, 0)].shape[0] for i in range(4))
-    blocks = next(i for i in range(1, 99) if level.format(0, i) not in state)
-    return dataclasses.replace(
-        cfg, vae_widths=widths, vae_blocks=blocks, vae_skip=False, vae_groups=32,
-        latent_channels=state["decoder.conv_in.weight"].shape[1])
-
-
-@torch.no_grad()
-def start_from_stable_diffusion(prior, path, pool):
-    """Start the prior from a UNet2DConditionModel's weights (.safetensors).
-
-    Every key but conv_in and conv_out must fit.  Those two have k channels in the file
-    and C here.  The k principal axes P of HQ latents are the least-squares way from
-    one to the other: conv_in'(y0) = conv_in(P (y0 - mean)), on y0's half of the input,
-    and conv_out' = mean + P^+ conv_out.  For k = C they are taken as they are.  Not
-    in the paper.  Stable Diffusion predicts noise (or v); training turns that into x0.
-    """
-    unet, state = prior.unet, {k: v.float() for k, v in read_weights(path).items()}
-    names = [f"conv_{end}.{kind}" for end in ("in", "out") for kind in
-             ("weight", "bias")]
-    if any(name not in state for name in names):
-        raise UserError(f"{path}: no conv_in and conv_out: not a UNet2DConditionModel")
-    w_in, b_in, w_out, b_out = (state[name].to(device()) for name in names)
-    own = unet.state_dict()
-    fit_weights(unet, state | {name: own[name] for name in names}, path)
-    k, c = w_in.shape[1], unet.conv_out.out_channels
-    z = rearrange(pool.rows(torch.arange(min(256, len(pool))))["z_hq"],
-                  "b c h w -> (b h w) c")
-    mean, down, up = 0 * z[0], torch.eye(c).to(z), torch.eye(c).to(z)
-    if k != c:
-        mean = z.mean(0)
-        variance, axes = torch.linalg.eigh(torch.cov(z.T))
-        std, axes = variance[-k:].sqrt(), axes[:, -k:]         # (k,), (C, k)
-        down, up = (axes / std).T, axes * std                  # P and its inverse
-        print(f"resshift: {path}: {k} channels replaced by {c}, least-squares start")
-    unet.conv_in.weight[:, :c] = 0
-    unet.conv_in.weight[:, c:] = torch.einsum("okxy,kc->ocxy", w_in, down)
-    unet.conv_in.bias.copy_(b_in - torch.einsum("okxy,kc,c->o", w_in, down, mean))
-    unet.conv_out.weight.copy_(torch.einsum("ck,kixy->cixy", up, w_out))
-    unet.conv_out.bias.copy_(up @ b_out + mean)
-
-
-def prior_turns(prior, cfg):
-    """E_t || f(x_t, y0, t) - x0 ||^2, t uniform, on the pool's z_hq and z_lq.
-
-    The KL weights are left out, as the paper does.  A share cfg.negative of samples
-    has the negative prompt and the target y0 (S3Diff's trick; not in ResShift): that
-    is what the negative prompt means in the chapters to come.
-    """
-    def losses(batch, rng):
-        y0 = batch["z_lq"]
-        t = per_sample(lambda n: torch.randint(1, cfg.steps + 1, (n,), generator=rng),
-                       len(y0))
-        prompt, x0 = negatives(batch, "z_hq", "z_lq", rng, cfg)
-        x_t = prior.chain.q_sample(x0, y0, t, batch_noise(x0, rng))
-        return {"mse": F.mse_loss(prior(x_t, y0, t, prompt), x0)}
-    return [Turn("prior", prior, losses, cfg.learning_rate)]
-
-
-def train_prior(run, prior, pool, watch=None):
-    """`prior_turns` from a random start, or from the file cfg.unet_weights."""
-    cfg = run.cfg
-    if cfg.unet_weights:
-        start_from_stable_diffusion(prior, cfg.unet_weights, pool)
-    train(run, "resshift", prior_turns(prior, cfg), pool, cfg.prior_steps, watch)
-
-
-def negatives(batch, positive, negative, rng, cfg):
-    """S3Diff's online negatives: with probability p the target is the LQ itself.
-
-    Returns (prompt (B,), target): where the prompt is NEGATIVE the target is
-    batch[negative], elsewhere batch[positive].
-    """
-    target, size = batch[positive], len(batch[positive])
-    draw = per_sample(lambda n: torch.rand(n, generator=rng), size)
-    prompt = (draw < cfg.negative).long().to(target.device)
-    chosen = (prompt == NEGATIVE).view(-1, 1, 1, 1)
-    return prompt, torch.where(chosen, batch[negative], target)
-
-
-@torch.no_grad()
-def error_by_time(prior, pool, cfg):
-    """Mean squared error of x0 for every t = 1 .. T, on 64 pairs: T floats."""
-    rng = torch.Generator().manual_seed(0)
-    rows, errors = pool.rows(torch.arange(min(64, len(pool)))), []
-    x0, y0 = rows["z_hq"], rows["z_lq"]
-    noise = noise_like(x0, rng)
-    for step in range(1, cfg.steps + 1):
-        t = torch.full((len(x0),), step)
-        x_t = prior.chain.q_sample(x0, y0, t, noise)
-        errors.append(F.mse_loss(prior(x_t, y0, t), x0).item())
-    return errors
-
-
-def chapter(run, name, build, teach):
-    """build()'s model with its weights: loaded if runs/NAME has them, else taught now.
-
-    The global generator is seeded for each chapter, so that a chapter's start does not
-    depend on which chapters before it were trained or loaded.
-    """
-    torch.manual_seed(stage_seed(run.cfg, name, 0))
-    model, file = place(build()), run.folder / f"{name}.safetensors"
-    if file.exists():
-        load_weights(model, file)
-        print(f"{name}: loaded")
-    else:
-        teach(model)
-        save_weights(model, file)
-        if world()[0] == 0:
-            (run.folder / f"{name}.ckpt").unlink(missing_ok=True)
-    return model.requires_grad_(False).eval()
-
-
-def stage_seed(cfg, name, step):
-    """A seed of its own for every run seed, stage and step."""
-    salt = sum(ord(c) * 31 ** i for i, c in enumerate(name)) % 1_000_003
-    return ((cfg.seed * 1_000_003 + salt) * 10 ** 7 + step) % 2 ** 63
-
-
-def chapter_end(run, pool):
-    """The end of cfg.space, trained if it is a VAE; the pool's latents through it."""
-    cfg, end = run.cfg, build_end(run.cfg)
-    if cfg.space == "latent":
-        end = chapter(run, "vae", lambda: VAE(cfg), lambda m: train_vae(run, m, pool))
-    pool.add("z_hq", lambda rows: end.encode(rows["hq"]))
-    pool.add("z_lq", lambda rows: end.encode(rows["lq_up"]))
-    return end
-
-
-def chapter_one(run, pool, pairs):
-    """(end, prior): train what is missing.  `pool` gains z_hq and z_lq."""
-    cfg, end = run.cfg, chapter_end(run, pool)
-
-    def watch(prior):
-        return {"psnr": mean_psnr(lambda p: sample(prior, end, p.lq, cfg), pairs[:3]),
-                "bicubic": mean_psnr(lambda p: upsample(p.lq, cfg.scale), pairs[:3])}
-
-    def teach(model):
-        train_prior(run, model, pool, lambda: watch(model))
-        errors = error_by_time(model, pool, cfg)
-        run.log("resshift", cfg.prior_steps,
-                {f"mse at t={i + 1}": e for i, e in enumerate(errors)})
-        print("mse of x0 at t = 1 .. T:", " ".join(f"{e:.3f}" for e in errors))
-    return end, chapter(run, "resshift", lambda: ResShift(cfg), teach)
-
-
-COMPARED = {                             # all with the paper's eta_1 and eta_T
-    "kappa 2, p 0.3 (paper)": {},
-    "weaker noise, kappa 0.5": dict(kappa=0.5),
-    "stronger noise, kappa 8": dict(kappa=8.0),
-    "slower shifting, p 1": dict(power=1.0),
-    "faster shifting, p 0.1": dict(power=0.1),
-    "from noise: kappa 40, p 0.8": dict(kappa=40.0, power=0.8),
-    "T = 4": dict(steps=4),
-}
-
-
-def compare(run, pairs, lpips):
-    """One prior a row of COMPARED, on one VAE and pool, with one budget and seed: all
-    rows start from the same weights and see the same batches, t and noise (T = 4 its
-    own t).
-
-    Prints PSNR, SSIM, LPIPS and ms a picture on the held-out photos, and returns the
-    table.  Interrupted, it goes on with the row it was in.
-    """
-    pool = Pool(run.cfg)
-    end, table = chapter_end(run, pool), {}
-    for i, (name, change) in enumerate(COMPARED.items()):
-        row = run.part(f"row{i}", **(dict(eta_1=0.0, eta_T=0.999) | change))
-        cfg = row.cfg
-        prior = chapter(row, "resshift", lambda: ResShift(cfg),
-                        lambda m: train_prior(row, m, pool))
-        sample(prior, end, pairs[0].lq, cfg)                   # a warm-up
-        started = time.time()
-        pictures = {p.name: sample(prior, end, p.lq, cfg).cpu() for p in pairs}
-        each = 1000 * (time.time() - started) / len(pairs)
-        label = f"{name:28s} {each:6.0f} ms"
-        table |= evaluate({label: lambda p: pictures[p.name].to(p.hq)}, pairs, lpips)
-    table |= evaluate({f"{'bicubic':38s}": lambda p: upsample(p.lq, run.cfg.scale)},
-                      pairs, lpips)
-    print_table(table, lpips.name)
-    return table
-
-
-def draw_chain(pair, cfg, file):
-    """The lecture's figure, without training: schedules, and x_t of one photo.
-
-    Above: sqrt(eta_t) for several p.  Below: a row a kappa, from x_1 to x_T in pixel
-    space, under the same noise (as in the paper's figure on kappa).
-    """
-    from matplotlib.figure import Figure
-    kappas, powers, steps = (0.5, 2.0, 8.0), (0.3, 0.5, 1.0, 2.0), cfg.steps
-    times = sorted({1 + round(i * (steps - 1) / 5) for i in range(6)})
-    page = Figure(figsize=(12, 11), dpi=80, layout="constrained")
-    top, bottom = page.subfigures(2, 1, height_ratios=(1, 1.7))
-    axis = top.subplots()
-    for p in powers:
-        eta = ResidualShift(steps, power=p).eta[1:]
-        axis.plot(range(1, steps + 1), eta.sqrt(), "o-", label=f"p = {p}")
-    axis.set_xlabel("t", fontsize=14)
-    axis.set_ylabel("sqrt(eta_t)", fontsize=14)
-    axis.set_title(f"The shifting schedule, T = {steps}, kappa = 2", fontsize=16)
-    axis.legend(fontsize=13)
-    axes = bottom.subplots(len(kappas), len(times))
-    x0, y0 = pair.hq.cpu(), upsample(pair.lq, cfg.scale).cpu()
-    noise = noise_like(x0, torch.Generator().manual_seed(0))
-    for row, kappa in zip(axes, kappas):
-        chain = ResidualShift(steps, kappa, cfg.power)
-        for axis, step in zip(row, times):
-            axis.imshow(to_pil(chain.q_sample(x0, y0, torch.tensor([step]), noise)))
-            axis.set(xticks=[], yticks=[])
-            axis.set_title(f"t = {step}", fontsize=13)
-        row[0].set_ylabel(f"kappa = {kappa}", fontsize=14)
-    bottom.suptitle(f"x_t between the photo and its degraded copy, p = {cfg.power}",
-                    fontsize=16)
-    write_file(file, lambda path: page.savefig(path, format="png"))
-
-
-def mean_psnr(method, pairs):
-    """Mean PSNR of method(pair) over held-out pairs, dB."""
-    values = [psnr(to_unit(method(p)), to_unit(p.hq)) for p in pairs]
-    return torch.cat(values).mean().item()
-
-
-@torch.no_grad()
-def mean_lpips(method, pairs, lpips):
-    """Mean LPIPS of method(pair) over held-out pairs."""
-    return torch.cat([lpips(method(p), p.hq) for p in pairs]).mean().item()
-
-
-@torch.no_grad()
-def sample(prior, end, lq, cfg, seed=0):
-    """The whole chain: lq (1, 3, h, w) -> (1, 3, s h, s w) in [-1, 1], T steps."""
-    x = upsample(lq, cfg.scale)
-    y0 = end.encode(pad_to(x, end.factor))
-    z = prior.chain.sample(prior, y0, torch.Generator().manual_seed(seed))
-    return end.decode(z)[:, :, :x.shape[2], :x.shape[3]].clamp(-1, 1)
-
-
-def pad_to(x, multiple):
-    """x with its right and bottom edge repeated up to a multiple: (B, C, H', W')."""
-    h, w = (-n % multiple for n in x.shape[2:])
-    return F.pad(x, (0, w, 0, h), mode="replicate")
-
-
-@torch.no_grad()
-def evaluate(methods, pairs, lpips):
-    """{method: {"psnr", "ssim", "lpips": mean, "each": [...], "pictures": [...]}}.
-
-    methods: {name: function of a `Held` pair -> (1, 3, H, W) in [-1, 1]}.
-    """
-    table = {}
-    for name, method in methods.items():
-        pictures = [method(pair).float().clamp(-1, 1) for pair in pairs]
-        each = [{"psnr": psnr(to_unit(y), to_unit(p.hq)).item(),
-                 "ssim": ssim(to_unit(y), to_unit(p.hq)).item(),
-                 "lpips": lpips(y, p.hq).item()} for y, p in zip(pictures, pairs)]
-        mean = {k: sum(e[k] for e in each) / len(each) for k in each[0]}
-        table[name] = {**mean, "each": each, "pictures": pictures}
-    return table
-
-
-def print_table(table, lpips_name):
-    """One row a method: PSNR, SSIM, LPIPS, means over the held-out photos."""
-    width = max(24, *map(len, table))
-    head = "held-out photos, mean"
-    print(f"\n{head:{width}s} {'PSNR':>7s} {'SSIM':>7s}  {lpips_name}")
-    for name, row in table.items():
-        print(f"{name:{width}s} {row['psnr']:7.2f} {row['ssim']:7.4f}  "
-              f"{row['lpips']:.4f}")
-
-
-# ---- 10. Command line (skim) ---------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is a `UserError`: one line instead of all flags."""
-
-    def error(self, message):
+    def refuse(message):                 # one line instead of argparse's many
         raise UserError(f"{message} (--help lists the flags)")
-
-
-def config_parser(description):
-    """--tiny, --full, --run, and a flag for every number of `Config`."""
-    parser = Parser(
-        description=description.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--tiny", dest="preset", action="store_const", const="tiny",
-                      default="small", help="the preset for a CPU, minutes")
-    size.add_argument("--full", dest="preset", action="store_const", const="full",
-                      help="the preset at Stable Diffusion's size")
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    parser.error, size = refuse, parser.add_mutually_exclusive_group()
+    size.add_argument("--tiny", action="store_true", help="preset: a CPU, minutes")
+    size.add_argument("--full", action="store_true", help="preset: SD 2.1's size")
     parser.add_argument("--run", help="folder of the run, runs/PRESET if left out")
-    numbers = parser.add_argument_group("numbers (default < preset < flag)")
-    for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
-        kind = type(field.default)
-        if kind is tuple:
-            numbers.add_argument(flag, type=int, nargs="+", default=None)
-        elif kind is bool:
-            numbers.add_argument(flag, action=argparse.BooleanOptionalAction,
-                                 default=None)
-        else:
-            numbers.add_argument(flag, type=kind, default=None)
-    return parser
+    for name, how in ({k: how for k, (how, _) in commands.items()} | flags).items():
+        parser.add_argument(f"--{name}", **how)
+    numbers = parser.add_argument_group("numbers (preset < flag), with small's values")
+    for f in dataclasses.fields(Config):
+        how = {tuple: dict(type=int, nargs="+"),
+               bool: dict(action=argparse.BooleanOptionalAction)}.get(
+                   f.type, dict(type=f.type, choices=CHOICES.get(f.name)))
+        how["help"] = str(f.default)
+        numbers.add_argument("--" + f.name.replace("_", "-"), **how)
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in
+            vars(parser.parse_args()).items()}
+    command = next((c for c in commands if c in args), None)
+    if command is None:
+        refuse("nothing to do: " + ", ".join(f"--{c}" for c in commands))
+    unused = sorted(set(args) - {command, "run", "tiny", "full", *commands[command][1]})
+    if unused:
+        refuse(f"--{command} does not use " + ", ".join(
+            "--" + k.replace("_", "-") for k in unused))
+    args["preset"] = next((n for n in ("tiny", "full") if n in args), "small")
+    return command, {"run": f"runs/{args['preset']}", **args}
 
 
-def given_numbers(args):
-    """{name: value} of the `Config` flags on the command line."""
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
-             if getattr(args, f.name) is not None}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-
-
-def config_from(args):
-    """The `Config` of parsed arguments: default < preset < VAE's file < flag."""
-    cfg, given = preset(args.preset), given_numbers(args)
-    if "vae_weights" in given:
-        cfg = with_shapes_of(cfg, given["vae_weights"])
-    return dataclasses.replace(cfg, **given)
-
-
-def config_of(folder):
-    """The `Config` that a run was trained with."""
-    file = Path(folder) / "config.json"
-    try:
-        values = json.loads(file.read_text())
-    except OSError:
-        raise UserError(f"{folder}: no run here; train first") from None
-    names = {f.name for f in dataclasses.fields(Config)}
-    if values.keys() != names:
-        raise UserError(f"{file}: another version's settings: "
-                        f"{', '.join(sorted(values.keys() ^ names))}")
-    return Config(**{k: tuple(v) if isinstance(v, list) else v
-                     for k, v in values.items()})
-
-
-def load_chapter_one(folder):
-    """(cfg, end, prior) of a finished run."""
-    cfg, folder = config_of(folder), Path(folder)
-    end = build_end(cfg)
-    if cfg.space == "latent":
-        place(load_weights(end, folder / "vae.safetensors")).requires_grad_(False)
-    prior = place(load_weights(ResShift(cfg), folder / "resshift.safetensors"))
-    return cfg, end, prior.requires_grad_(False)
-
-
-def print_config(cfg):
-    """The settings of a run, once; config.json has them too."""
-    text = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(cfg).items() if v != "")
-    print(textwrap.fill(f"settings: {text}", 100))
-
-
-def check_output(path):
-    """Refuse an output that cannot be written before the work is done."""
-    if not Path(path).parent.is_dir():
-        raise UserError(f"{path}: no such folder")
-    if Path(path).suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"{path}: not a picture format")
-
-
-def save_picture(y, path, alpha=None):
-    """Write (1, 3, H, W) in [-1, 1], with an alpha channel (Pillow's L) if given."""
-    picture = to_pil(y)
-    if alpha is not None and Path(path).suffix.lower() not in (".jpg", ".jpeg"):
-        picture.putalpha(alpha.resize(picture.size, Image.BICUBIC))
-    try:
-        picture.save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot write this picture ({error})") from None
-
-
-def join_processes():
-    """Under torchrun: meet the other processes (NCCL, or gloo without a GPU).
-
-    Every process trains on its share of each batch; rank 0 alone speaks and writes.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
-        if world()[0] > 0:
-            sys.stdout = open(os.devnull, "w")
+def config_from(args, **found):
+    """The `Config` of a command line: preset < what was found in a file < flag; refuses,
+    before anything is written, what would fail in the middle of a run."""
+    given = found | {k: v for k, v in args.items() if k in TABLE}
+    cfg = dataclasses.replace(preset(args["preset"]), **given)
+    rules = {
+        "cid_t_min and cid_t_max are in 1 .. steps":
+            1 <= cfg.cid_t_min <= (cfg.cid_t_max or cfg.steps) <= cfg.steps,
+        "vae_widths has four levels: f = 8": len(cfg.vae_widths) == 4,
+        f"crop is a multiple of {8 * cfg.scale}": cfg.crop % (8 * cfg.scale) == 0,
+        "vae_crop is a multiple of 8, at most crop":
+            cfg.vae_crop <= cfg.crop and cfg.vae_crop % 8 == 0}
+    for rule in (rule for rule, holds in rules.items() if not holds):
+        raise UserError(rule)
+    return cfg
 
 
 def command_line(main):
-    """Run main(); a `UserError` is one line on stderr and exit code 2."""
+    """Run main(); a `UserError` is one line on stderr and exit code 2.
+
+    Under torchrun the processes meet first (NCCL, or gloo without a GPU): each trains
+    on its share of each batch, rank 0 alone speaks and writes.
+    """
     try:
-        join_processes()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            cuda = torch.cuda.is_available()
+            if cuda:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.distributed.init_process_group("nccl" if cuda else "gloo")
+            if world()[0] > 0:
+                sys.stdout = open(os.devnull, "w")
         code = main()
         if world()[1] > 1:
             torch.distributed.destroy_process_group()
@@ -1973,43 +1525,20 @@ def command_line(main):
 
 
 def main():
-    """python resshift.py: train and evaluate chapter 1, or restore one picture."""
-    parser = config_parser(__doc__)
-    parser.add_argument("--train", action="store_true", help="train and evaluate")
-    parser.add_argument("--compare", action="store_true",
-                        help="train a prior a row of COMPARED; one table")
-    parser.add_argument("--figure", action="store_true",
-                        help="draw schedules and chain to runs/chain.png; no training")
-    parser.add_argument("--input", help="a picture to restore")
-    parser.add_argument("--output", default="up.png", help="where to write it")
-    args = parser.parse_args()
-    folder = args.run or f"runs/{args.preset}" + ("-compare" if args.compare else "")
-    if args.input:
-        check_output(args.output)
-        cfg, end, prior = load_chapter_one(folder)
-        lq = read_picture(args.input).to(device())
-        save_picture(sample(prior, end, lq, cfg), args.output)
-        return 0
-    if not (args.train or args.figure or args.compare):
-        parser.error("nothing to do: --train, --compare, --figure, or --input")
+    """python resshift.py --train: train and evaluate chapter 1."""
+    how = dict(action="store_true", help="train what is missing, evaluate")
+    reads = set(TABLE) - {"unet_weights", "vae_weights"}
+    _, args = command_of(__doc__, {"train": (how, reads)}, {})
     cfg = config_from(args)
-    check_config(cfg)
-    if args.figure:
-        Path("runs").mkdir(exist_ok=True)
-        draw_chain(held_out(cfg)[-2], cfg, "runs/chain.png")
-        print("runs/chain.png")
-        return 0
-    pairs, run = held_out(cfg), Run(folder, cfg)
-    perceptual = Perceptual(cfg.lpips_net).to(device())
-    if args.compare:
-        compare(run, pairs, perceptual)
-        return 0
-    print_config(cfg)
-    end, prior = chapter_one(run, Pool(cfg), pairs)
-    methods = {"bicubic": lambda p: upsample(p.lq, cfg.scale),
-               "ResShift": lambda p: sample(prior, end, p.lq, cfg)}
-    print_table(evaluate(methods, pairs, perceptual), perceptual.name)
-    return 0
+    held, pairs, run = held_out(cfg), Pairs(cfg), Run(args["run"], cfg)
+    lpips = Perceptual(cfg.lpips_net).to(device())
+    pairs.fill()
+    end = chapter_end(run, pairs)
+    prior = chapter_prior(run, pairs)
+    table = evaluate({"bicubic": lambda p: upsample(p.lq, cfg.scale),
+                      "ResShift": lambda p: sample(prior, end, p.lq, cfg.scale)}, held,
+                     lpips)
+    print_table("held-out pictures, mean", table, quality(lpips))
 
 
 if __name__ == "__main__":
