@@ -27,7 +27,6 @@ Symbols: B batch, C channels, H W full resolution, h w latent resolution, f = 8;
 Ranges:  images are float in [-1, 1] inside, [0, 1] in metrics, uint8 in files.
 """
 import copy
-import dataclasses
 import json
 import math
 import time
@@ -45,7 +44,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from resshift import (
-    NEGATIVE, POSITIVE, TABLE, VAE, Config, Pairs, Perceptual, PixelShuffle, Prompts,
+    NEGATIVE, POSITIVE, TABLE, VAE, Pairs, Perceptual, PixelShuffle, Prompts,
     ResidualShift, ResShift, Run, UserError, autocast, chapter, chapter_end,
     chapter_prior, command_line, command_of, config_from, degrade, device, evaluate,
     fit_weights, from_pil, held_out, negatives, noise_like, open_picture, pad_to, place,
@@ -420,8 +419,8 @@ def pixel_output(adc, cfg, rows=None):
 # ---- 4. Many steps into one (read) -- GenDR: VSD, SiD, CiD ---------------------------
 # z_g = G(z_l) the generator's latent, z_h the HQ latent; at z_t, the noised z_g: `real`
 # = f_phi(z_t), `guided` = f_phi^cfg(z_t), `fake` = f_psi(z_t).  phi is the frozen
-# prior, psi the fake score network, trained on G's outputs; all predict the clean latent
-# (B, C, h, w); w (B, 1, 1, 1).
+# prior, psi the fake score network, trained on G's outputs; all predict the clean
+# latent (B, C, h, w); w (B, 1, 1, 1).
 
 
 def vsd_loss(z_g, real, fake, w):
@@ -749,8 +748,9 @@ NAMES = {"gendr": "GenDR", "adc": "GenDR-Adc", "pix": "GenDR-Pix"}
 
 
 def build(name, m, cfg, rows=None):
-    """The untrained model of a chapter after the first, from those before it, in m."""
-    return {"estimator": lambda: DegradationEstimator(cfg),
+    """The untrained model of a chapter, from those before it, in m."""
+    return {"vae": lambda: VAE(cfg), "resshift": lambda: ResShift(cfg),
+            "estimator": lambda: DegradationEstimator(cfg),
             "gendr": lambda: gendr_from_prior(m["resshift"], m["vae"], cfg),
             "adc": lambda: pixel_input(m["gendr"], cfg, rows),
             "pix": lambda: pixel_output(m["adc"], cfg, rows)}[name]()
@@ -807,8 +807,8 @@ def all_chapters(run, pairs=None, lpips=None, held=()):
 
     def unet_weights(prior):
         start_from_stable_diffusion(prior, cfg.unet_weights, pairs.some(256).z_hq)
-    m["vae"] = chapter_end(run, pairs, vae_weights if cfg.vae_weights else None)
-    m["resshift"] = chapter_prior(run, pairs, unet_weights if cfg.unet_weights else None)
+    m["vae"] = chapter_end(run, pairs, cfg.vae_weights and vae_weights)
+    m["resshift"] = chapter_prior(run, pairs, cfg.unet_weights and unet_weights)
     for name in CHAPTERS[2:]:
         watching = watch if held and name != "estimator" else None
         m[name] = next_chapter(run, name, m, pairs, lpips, watching)
@@ -852,10 +852,12 @@ def shapes_in(path):
               range(4)] + [state.get("decoder.conv_in.weight")]
     if path and any(w is None for w in widths):
         raise UserError(f"{path}: not an f = 8 AutoencoderKL")
-    return path and {
-        "vae_skip": False, "vae_groups": 32, "vae_widths": tuple(map(len, widths[:4])),
-        "vae_blocks": sum(k.startswith("encoder.down_blocks.0.") and k.endswith(
-            ".conv1.weight") for k in state), "latent_channels": widths[4].shape[1]} or {}
+    blocks = sum(k.startswith("encoder.down_blocks.0.") and k.endswith(".conv1.weight")
+                 for k in state)
+    return {} if not path else {
+        "vae_skip": False, "vae_groups": 32, "vae_blocks": blocks,
+        "vae_widths": tuple(len(w) for w in widths[:4]),
+        "latent_channels": widths[4].shape[1]}
 
 
 @torch.no_grad()
@@ -990,8 +992,8 @@ def untrained(cfg):
 
     Inside `with torch.device("meta")` nothing is allocated.
     """
-    m = {"vae": place(VAE(cfg)), "resshift": place(ResShift(cfg)).requires_grad_(False)}
-    for name in NAMES:
+    m = {}
+    for name in CHAPTERS:
         m[name] = place(build(name, m, cfg)).requires_grad_(False).eval()
     return {name: m[name] for name in NAMES}
 
@@ -1213,9 +1215,8 @@ def draw_scores(m, pair, cfg, file, crop=160):
 
 
 # ---- 12. Rows that differ in Config alone (skim) -- comparison and ablation ----------
-
-
-COMPARED = {                             # all with the paper's eta_1 and eta_T
+PAPERS = dict(eta_1=0.0, eta_T=0.999)    # the schedule of all rows, whatever the run's
+COMPARED = {                             # chapter 1: noise, shifting speed, T
     "kappa 2, p 0.3 (paper)": {},
     "weaker noise, kappa 0.5": dict(kappa=0.5),
     "stronger noise, kappa 8": dict(kappa=8.0),
@@ -1224,73 +1225,73 @@ COMPARED = {                             # all with the paper's eta_1 and eta_T
     "from noise: kappa 40, p 0.8": dict(kappa=40.0, power=0.8),
     "T = 4": dict(steps=4),
 }
-
-
-def compare(run, pairs, held, lpips):
-    """One prior a row of COMPARED, on one VAE, with one budget and seed: all rows start
-    from the same weights and see the same batches, t and noise (T = 4 its own t).
-
-    Prints the table with ms a picture.  Interrupted, it goes on with the row it was in.
-    """
-    end = chapter_end(run, pairs)
-    methods = {"bicubic": lambda p: upsample(p.lq, run.cfg.scale)}
-    for i, (name, change) in enumerate(COMPARED.items()):
-        row = run.part(f"row{i}", ["vae"], **(dict(eta_1=0.0, eta_T=0.999) | change))
-        prior = chapter_prior(row, pairs)
-        methods[name] = lambda p, prior=prior: sample(prior, end, p.lq, run.cfg.scale)
-    table = evaluate(methods, held, lpips)
-    print_table("held-out pictures, mean", table, quality(lpips))
-    return table
-
-
-def variant(adapter="guided", distill="none", adversary=False, **change):
-    """What a row of ABLATED changes: all that rows differ in, whatever the run has."""
-    return dict(adapter=adapter, distill=distill, negative=Config.negative,
-                lambda_cid_adv=Config.lambda_cid_adv if adversary else 0.0) | change
-
-
+PLAIN = dict(adapter="guided", distill="none", lambda_cid_adv=0.0, negative=0.05)
 ABLATED = {                              # chapter 2: what of GenDR does what
-    "no LoRA: the frozen prior": variant("plain", gendr_steps=0),
-    "plain LoRA (M = I)": variant("plain"),
-    "guided LoRA": variant(),
-    "guided LoRA, no negatives": variant(negative=0.0),
-    "full fine-tuning": variant("full"),
-    "guided LoRA + VSD": variant(distill="vsd"),
-    "guided LoRA + SiD": variant(distill="sid"),
-    "guided LoRA + CiD": variant(distill="cid"),
-    "guided LoRA + CiD + adv.": variant(distill="cid", adversary=True),
+    "no LoRA: the frozen prior": PLAIN | dict(adapter="plain", gendr_steps=0),
+    "plain LoRA (M = I)": PLAIN | dict(adapter="plain"),
+    "guided LoRA": PLAIN,
+    "guided LoRA, no negatives": PLAIN | dict(negative=0.0),
+    "full fine-tuning": PLAIN | dict(adapter="full"),
+    "guided LoRA + VSD": PLAIN | dict(distill="vsd"),
+    "guided LoRA + SiD": PLAIN | dict(distill="sid"),
+    "guided LoRA + CiD": PLAIN | dict(distill="cid"),
+    "guided LoRA + CiD + adv.": PLAIN | dict(distill="cid", lambda_cid_adv=0.05),
 }
 
 
-def ablate(run, m, pairs, held, lpips, steps=None, seeds=3):
-    """A GenDR a row of ABLATED and a seed, on a finished run's chapters before it.
+def compare(run, rows, stands_on, method_of, held, lpips, seeds):
+    """Train a model a row and seed, print mean and standard deviation over the seeds.
 
-    All rows have one budget, cfg.ablate_steps, and the same seeds: start and batches.
-    Prints mean and standard deviation over the seeds, and writes table.json.
-    Interrupted, it goes on with the row it was in.
+    Rows share everything but their change of `Config`: start, batches, noise, budget.
+    stands_on: the chapters of `run` under them; method_of(part of the run) -> method
+    for `evaluate`.  Interrupted, it goes on with the row it was in.
     """
-    table, shown, guided_by = {}, {}, run.cfg.guidance
-    steps = steps or run.cfg.ablate_steps
-    for name in CHAPTERS[:3]:
-        fill(pairs, name, m)
-    for name, change in ABLATED.items():
+    table, shown = {}, {}
+    for name, change in rows.items():
         for seed in range(seeds):
             slug = "".join(c if c.isalnum() else "-" for c in name)
-            change = dict(gendr_steps=steps, seed=seed) | change
-            part = run.part(f"ablate/{slug}-{seed}", CHAPTERS[:3], **change)
-            model = next_chapter(part, "gendr", m, pairs)
-            found = evaluate({w: lambda p, w=w: restore(
-                model, m["estimator"], p.lq, part.cfg.scale, w) for w in (
-                    1.0, guided_by)}, held, lpips)
-            table.setdefault(name, []).append({k + tail: found[w][k] for k in (
-                "psnr", "lpips") for w, tail in ((1.0, ""), (guided_by, " guided"))})
-        rows = {k: torch.tensor([r[k] for r in table[name]]) for k in table[name][0]}
-        shown[name] = {k: f"{v.mean():.4f} +- {v.std(correction=0):.4f}"
-                       for k, v in rows.items()}
-    write_file(run.folder / "ablate" / "table.json", json.dumps(table, indent=1))
-    print_table(f"{steps} steps, {seeds} seeds, {lpips.name}", shown,
-                {k: (k, "") for k in rows})
+            part = run.part(f"rows/{slug}-{seed}", stands_on, **{"seed": seed} | change)
+            row = evaluate({name: method_of(part)}, held, lpips)[name]
+            table.setdefault(name, []).append({k: row[k] for k in quality(lpips)})
+        shown[name] = {}
+        for k, (_, form) in quality(lpips).items():
+            v = torch.tensor([row[k] for row in table[name]])
+            spread = f" +- {v.std():{form.strip('+')}}" if seeds > 1 else ""
+            shown[name][k] = f"{v.mean():{form}}{spread}"
+    bicubic = evaluate({"": lambda p: upsample(p.lq, run.cfg.scale)}, held, lpips)[""]
+    print_table(f"held-out pictures, {seeds} seeds", shown | {"bicubic": bicubic},
+                quality(lpips))
+    write_file(run.folder / "rows.json", json.dumps(table, indent=1))
     return table
+
+
+def compare_priors(run, pairs, held, lpips):
+    """--compare: COMPARED, one seed, on one VAE."""
+    end = chapter_end(run, pairs)
+
+    def method_of(part):
+        prior = chapter_prior(part, pairs)
+        return lambda p: sample(prior, end, p.lq, part.cfg.scale)
+    rows = {k: PAPERS | v for k, v in COMPARED.items()}
+    return compare(run, rows, ["vae"], method_of, held, lpips, seeds=1)
+
+
+def ablate(run, m, pairs, held, lpips, steps=None, seeds=3):
+    """--ablate: ABLATED, on a finished run's VAE and estimator, and on a prior of the
+    paper's schedule: only one that looks at x_t has scores to distil."""
+    for name in CHAPTERS[:3]:
+        fill(pairs, name, m)
+    first = run.part("rows/prior", ["vae"], **PAPERS)
+    m = {"vae": m["vae"], "resshift": chapter_prior(first, pairs),
+         "estimator": m["estimator"]}
+
+    def method_of(part):
+        model = next_chapter(part, "gendr", m, pairs)
+        return lambda p: restore(model, m["estimator"], p.lq, part.cfg.scale)
+    rows = {k: PAPERS | dict(gendr_steps=steps or run.cfg.ablate_steps) | v
+            for k, v in ABLATED.items()}
+    stands_on = ("vae", "estimator", "rows/prior/resshift")
+    return compare(run, rows, stands_on, method_of, held, lpips, seeds)
 
 
 # ---- 13. Command line (skim) ---------------------------------------------------------
@@ -1413,13 +1414,13 @@ def main():
     if pairs:
         pairs.fill()
     if command == "compare":
-        return compare(run, pairs, held, lpips)
+        return compare_priors(run, pairs, held, lpips) and 0
     m = all_chapters(run, None if finished else pairs, lpips, held)
     if command == "figure":
         draw_chain(held[-1], cfg, run.folder / "chain.png")
         return draw_scores(m, held[-1], cfg, run.folder / "scores.png")
     if command == "ablate":
-        return ablate(run, m, pairs, held, lpips, args.get("ablate_steps"))
+        return ablate(run, m, pairs, held, lpips, args.get("ablate_steps")) and 0
     if world()[0] > 0:                                         # rank 0 evaluates
         return 0
     guidance = args.get("guidance", cfg.guidance)

@@ -1250,6 +1250,7 @@ class Pairs(Dataset):
     def add(self, name, function):
         """Let function(batch) fill the field `name`: now for a pool, else when read."""
         self.teachers[name], n = function, self.cfg.batch
+        self.kept.pop(name, None)                              # an older one
         if self.kept:
             self.kept[name] = torch.cat([
                 getattr(self.batch(self.kept, slice(i, i + n)), name).cpu() for i in
@@ -1358,8 +1359,8 @@ class Run:
         elif world()[0] == 0:                                  # rank 0 alone writes
             now = json.loads(json.dumps(dataclasses.asdict(cfg) | {"on": on or {}}))
             old = old or now
-            odd = {k for k in {**now, **old} if old.get(k) != now.get(k)}
-            if odd - self.FREE:
+            odd = {k for k in {**now, **old} if old.get(k) != now.get(k)} - self.FREE
+            if odd:
                 raise UserError(f"{folder}: trained with another {', '.join(odd)}; "
                                 "choose another --run or remove it")
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -1485,8 +1486,8 @@ def command_of(doc, commands, flags):
 
 
 def config_from(args, **found):
-    """The `Config` of a command line: preset < what was found in a file < flag; refuses,
-    before anything is written, what would fail in the middle of a run."""
+    """The `Config` of a command line: preset < found in a file < flag; refuses, before
+    anything is written, what would fail in the middle of a run."""
     given = found | {k: v for k, v in args.items() if k in TABLE}
     cfg = dataclasses.replace(preset(args["preset"]), **given)
     rules = {

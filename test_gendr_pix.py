@@ -3,6 +3,7 @@
 Every test compares with an oracle: a closed form, Bayes' rule, another implementation,
 or a case worked by hand.  No GPU, no downloads:  python -m pytest -q
 """
+import ast
 import dataclasses
 import json
 import math
@@ -24,8 +25,8 @@ import resshift as r
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                   # the tests are the CPU's
 HERE = Path(__file__).parent
 MICRO = dataclasses.replace(
-    r.preset("tiny"), crop=32, pool=4, batch=4, steps=4, unet_widths=(16, 32),
-    head_width=16, groups=8, context_tokens=2, context_width=8,
+    r.preset("tiny"), crop=32, pool=4, batch=4, steps=4, eta_1=0.0, ranges="mild",
+    unet_widths=(16, 32), head_width=16, groups=8, context_tokens=2, context_width=8,
     vae_widths=(8, 8, 8, 16), vae_groups=4, vae_crop=32, lora_rank=4,
     estimator_width=4, save_every=2, log_every=100, warmup=1, seed=3)
 
@@ -153,7 +154,7 @@ def test_input_scale_gives_unit_variance():
     for step in (1, 8, 15):
         x0, noise = randn(1, 1, 300, 300, seed=1), randn(1, 1, 300, 300, seed=2)
         t = torch.tensor([step])
-        x_t = chain.q_sample(x0, x0, t, noise) * chain.input_scale(t, x0)
+        x_t = chain.q_sample(x0, x0, t, noise) * chain.input_scale(chain.eta[step])
         assert abs(x_t.std().item() - 1) < 0.01
 
 
@@ -236,19 +237,18 @@ def test_full_size_trains_as_many_parameters_as_s3diff():
 def test_full_size_has_the_papers_multiply_accumulates():
     rows = g.counts(r.preset("full"), (512, 512))
     pix, gendr = rows["GenDR-Pix"], rows["GenDR"]
-    assert round(pix["macs"] / 1e9, 1) == 343.5          # the paper: 344 and 744
-    assert round(pix["guided"] / 1e9, 1) == 743.3
-    assert round(gendr["macs"] / 1e9) == 1284
-    assert round(gendr["guided"] / 1e9) == 1624
-    prompts = 2 * 77 * 1024                              # learned, beside the U-Net
-    assert round((pix["parameters"] - prompts) / 1e6, 2) == 866.99
+    assert round(pix["one"], 1) == 343.5                 # the paper: 344 and 744
+    assert round(pix["two"], 1) == 743.3
+    assert round(gendr["one"]) == 1284 and round(gendr["two"]) == 1624
+    prompts = 2 * 77 * 1024 / 1e6                        # learned, beside the U-Net
+    assert round(pix["parameters"] - prompts, 2) == 866.99
 
 
 def test_sizes_on_the_command_line():
     assert g.output_size("512") == (512, 512)
     assert g.output_size("3840x2160") == (2160, 3840)            # height first
     for bad in ("a", "512x512x8", "100", "8"):
-        with pytest.raises(r.UserError):
+        with pytest.raises(ValueError):
             g.output_size(bad)
 
 
@@ -263,22 +263,14 @@ def test_macs_by_hand():
     assert g.macs(attend) == 2 * 2 * 9 * 9 * 4 and g.macs(attend, False) == 0
 
 
-class Latents:
-    """A pool whose HQ latents have variances 1, 4, 9, 16 in four of 16 channels."""
-
-    def __init__(self):
-        self.std, z = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.zeros(64, 16, 8, 8)
-        v = randn(4, 64 * 64)
-        v = v - v.mean(1, keepdim=True)
-        white = torch.linalg.solve(torch.linalg.cholesky(torch.cov(v)), v)
-        z[:, :4] = (self.std[:, None] * white).reshape(4, 64, 8, 8).transpose(0, 1)
-        self.z = z
-
-    def __len__(self):
-        return 64
-
-    def rows(self, index):
-        return {"z_hq": self.z[index]}
+def latents():
+    """HQ latents with variances 1, 4, 9, 16 in four of 16 channels, and their std."""
+    std, z = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.zeros(64, 16, 8, 8)
+    v = randn(4, 64 * 64)
+    v = v - v.mean(1, keepdim=True)
+    white = torch.linalg.solve(torch.linalg.cholesky(torch.cov(v)), v)
+    z[:, :4] = (std[:, None] * white).reshape(4, 64, 8, 8).transpose(0, 1)
+    return z, std
 
 
 def diffusers_unet(cfg, channels):
@@ -294,16 +286,16 @@ def diffusers_unet(cfg, channels):
 
 def test_stable_diffusion_weights_start_the_prior(tmp_path, capsys):
     cfg = dataclasses.replace(MICRO, shortcut=False, kappa=1.0)
-    pool, t, file = Latents(), torch.tensor([4, 2]), tmp_path / "unet.safetensors"
+    (z, std), t, file = latents(), torch.tensor([4, 2]), tmp_path / "unet.safetensors"
     for channels in (16, 4):
         theirs, prior = diffusers_unet(cfg, channels), r.ResShift(cfg)
-        r.save_weights(theirs, file)
-        r.start_from_stable_diffusion(prior, file, pool)
-        x_t, y0 = randn(2, 16, 8, 8), pool.z[:2]
+        r.save_weights(theirs.state_dict(), file)
+        g.start_from_stable_diffusion(prior, file, z)
+        x_t, y0 = randn(2, 16, 8, 8), z[:2]
 
         def unet(x):
             context = prior.prompts(r.POSITIVE, 2)
-            return theirs(x, prior.unet_time(t), context).sample
+            return theirs(x, 999 * t / cfg.steps, context).sample
         with torch.no_grad():
             out = prior(x_t, y0, t)                  # x_t's half starts at zero
             if channels == 16:
@@ -311,20 +303,19 @@ def test_stable_diffusion_weights_start_the_prior(tmp_path, capsys):
                 continue
             # the axes are the first four channels, each with a sign of its own
             w = theirs.conv_in.weight
-            ours = prior.unet.conv_in.weight[:, 16:20]
-            std = pool.std.view(4, 1, 1)
+            ours, std = prior.unet.conv_in.weight[:, 16:20], std.view(4, 1, 1)
             sign = (ours * w).sum((0, 2, 3)).sign().view(4, 1, 1)
             close(out[:, :4], std * sign * unet(sign / std * y0[:, :4]), 1e-3)
             close(out[:, 4:], torch.zeros(2, 12, 8, 8), 1e-3)
-    assert "4 channels replaced by 16, least-squares start" in capsys.readouterr().out
+    assert "4 channels replaced by 16" in capsys.readouterr().out
     state = r.load_file(file)
     state["mid_block.resnets.0.conv1.weight"] = torch.zeros(1)
     r.save_file(state, file)
     with pytest.raises(r.UserError, match="mid_block.resnets.0.conv1.weight is"):
-        r.start_from_stable_diffusion(r.ResShift(cfg), file, pool)
+        g.start_from_stable_diffusion(r.ResShift(cfg), file, z)
     r.save_file({"a": torch.zeros(1)}, file)
     with pytest.raises(r.UserError, match="not a UNet2DConditionModel"):
-        r.start_from_stable_diffusion(r.ResShift(cfg), file, pool)
+        g.start_from_stable_diffusion(r.ResShift(cfg), file, z)
 
 
 def test_an_autoencoders_file_gives_its_widths_and_weights(tmp_path, in_project):
@@ -342,16 +333,17 @@ def test_an_autoencoders_file_gives_its_widths_and_weights(tmp_path, in_project)
                 key = key.replace(new, name)
             renamed[key] = value
         r.save_file(renamed, file)
-        cfg = r.with_shapes_of(MICRO, file)
-        assert cfg.vae_groups == 32                  # diffusers' default; here it is 4
-        cfg = dataclasses.replace(cfg, vae_groups=4)
-        assert (cfg.vae_widths, cfg.vae_blocks) == ((8, 8, 12, 16), 2)
-        assert cfg.latent_channels == 12 and not cfg.vae_skip
-        run = r.Run(tmp_path / f"run{len(names)}",
-                    dataclasses.replace(cfg, vae_weights=str(file)))
-        vae, pool = r.VAE(run.cfg), r.Pool(run.cfg)
-        r.train_vae(run, vae, pool)
-        hq = pool.rows(torch.arange(4))["hq"]
+        found = g.shapes_in(file)
+        assert found.pop("vae_groups") == 32         # diffusers' default; here it is 4
+        assert found == dict(vae_widths=(8, 8, 12, 16), vae_blocks=2, vae_skip=False,
+                             latent_channels=12)
+        cfg = dataclasses.replace(MICRO, vae_groups=4, vae_weights=str(file),
+                                  prior_steps=0, estimator_steps=0, gendr_steps=0,
+                                  adc_steps=0, pix_steps=0, **found)
+        pairs = r.Pairs(cfg)
+        pairs.fill()
+        run = r.Run(tmp_path / f"run{len(names)}", cfg)
+        vae, hq = g.all_chapters(run, pairs)["vae"], pairs.some(4).hq
         with torch.no_grad():
             z = theirs.encode(hq).latent_dist.mean
             close(vae.encode(hq), z / z.std(), 1e-4)
@@ -359,7 +351,7 @@ def test_an_autoencoders_file_gives_its_widths_and_weights(tmp_path, in_project)
     del renamed["decoder.conv_out.bias"]
     r.save_file(renamed, file)
     with pytest.raises(r.UserError, match="decoder.conv_out.bias is not in the file"):
-        r.train_vae(run, r.VAE(run.cfg), pool)
+        g.all_chapters(r.Run(tmp_path / "bad", cfg), pairs)
 
 
 def test_unet_takes_odd_sizes_and_hears_time_and_prompt():
@@ -392,7 +384,8 @@ def test_vae_starts_as_the_linear_autoencoder_and_never_samples():
 
 
 def photo(n=64):
-    return r.read_picture(HERE / "tiny_data/val/cat_eyes.png")[:, :, :n, :n]
+    picture = r.open_picture(HERE / "tiny_data/val/cat_eyes.png")
+    return r.from_pil(picture)[:, :, :n, :n]
 
 
 def test_degradation_repeats_under_its_generator():
@@ -404,10 +397,9 @@ def test_degradation_repeats_under_its_generator():
 
 
 def mean_scores(monkeypatch, **ranges):
-    base = dataclasses.replace(r.RANGES["mild"], **ranges)
-    monkeypatch.setitem(r.RANGES, "mild", base)
-    cfg = dataclasses.replace(MICRO, ranges="mild")
-    scores = [r.degrade(photo(), cfg, rng(s))[1] for s in range(12)]
+    base = vars(r.RANGES["mild"]) | ranges
+    monkeypatch.setitem(r.RANGES, "mild", r.SimpleNamespace(**base))
+    scores = [r.degrade(photo(), MICRO, rng(s))[1] for s in range(12)]
     return torch.cat(scores).mean(0)
 
 
@@ -436,7 +428,7 @@ def test_degradation_does_not_shift_the_picture():
 
 
 def test_kernels_sum_to_one_and_gaussian_has_its_variance():
-    k = r.gaussian_kernel(21, 1.5, 1.5, 0.0, "iso", 1.0)
+    k = r.gaussian_kernel(21, 1.5)
     x2 = (torch.arange(21) - 10).float() ** 2
     close(k.sum(), torch.tensor(1.0), 1e-5)
     close((k.sum(0) * x2).sum(), torch.tensor(1.5 ** 2), 1e-3)
@@ -491,17 +483,17 @@ def test_pictures_open_as_a_viewer_shows_them(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                       # turn 90 degrees clockwise
     Image.fromarray(colour[:4]).save(tmp_path / "turned.png", exif=exif)
-    grey = (r.read_picture(tmp_path / "grey.png") + 1) * 127.5
+    grey = (read_picture(tmp_path / "grey.png") + 1) * 127.5
     close(grey[0, 0], torch.from_numpy(ramp).float(), 1e-4)
-    assert torch.equal(r.read_picture(tmp_path / "deep.png"),
-                       r.read_picture(tmp_path / "grey.png"))
-    assert r.read_picture(tmp_path / "p.png").shape == (1, 3, 8, 8)
+    assert torch.equal(read_picture(tmp_path / "deep.png"),
+                       read_picture(tmp_path / "grey.png"))
+    assert read_picture(tmp_path / "p.png").shape == (1, 3, 8, 8)
     assert r.open_picture(tmp_path / "alpha.png").mode == "RGBA"
     assert r.open_picture(tmp_path / "turned.png").size == (4, 8)
     (tmp_path / "bad.png").write_bytes(b"not a picture")
     for name in ("bad.png", "missing.png"):
         with pytest.raises(r.UserError, match=name):
-            r.read_picture(tmp_path / name)
+            read_picture(tmp_path / name)
 
 
 def test_upsampling_keeps_the_centre_and_equals_pillows():
@@ -512,6 +504,10 @@ def test_upsampling_keeps_the_centre_and_equals_pillows():
     symmetric = x + x.flip(2, 3)
     up = r.upsample(symmetric.expand(-1, 3, -1, -1) / 2, 4)
     close(up, up.flip(2, 3), 1e-5)                                  # no sub-pixel shift
+
+
+def read_picture(path):
+    return r.from_pil(r.open_picture(path))
 
 
 def no_backbone(monkeypatch):
@@ -535,28 +531,33 @@ def test_lpips_without_its_backbone_says_so_and_repeats(monkeypatch, capsys):
     assert torch.equal(a(x, y), b(x, y))
 
 
-def test_the_chains_figure_draws_without_training(tmp_path):
-    pair = r.Held("a", photo(64), r.degrade(photo(64), MICRO, rng())[0], None)
-    r.draw_chain(pair, MICRO, tmp_path / "chain.png")
+def test_the_chains_figure_draws_from_one_photograph_and_its_own_etas(tmp_path,
+                                                                      monkeypatch):
+    seen, chain = [], g.ResidualShift
+    monkeypatch.setattr(g, "ResidualShift", lambda *a: seen.append(a) or chain(*a))
+    pair = r.SimpleNamespace(hq=photo(64), lq=r.degrade(photo(64), MICRO, rng())[0])
+    cfg = dataclasses.replace(MICRO, eta_1=0.01, eta_T=0.98)
+    g.draw_chain(pair, cfg, tmp_path / "chain.png")
     array = np.array(Image.open(tmp_path / "chain.png").convert("RGB"))
     assert array.shape[1] > 800 and array.std() > 20         # not an empty page
+    assert all(a[-2:] == (0.01, 0.98) for a in seen) and len(seen) == 7
 
 
 # ---- resshift.py, 7 and 8: pairs and the training loop -------------------------------
 
 
 def world(tmp_path, cfg=MICRO, frozen=True):
-    """A run, its pool, and an untrained but awake end and prior."""
-    run, pool = r.Run(tmp_path / "run", cfg), r.Pool(cfg)
+    """A run, its pool of pairs, and an untrained but awake end and prior."""
+    run, pairs = r.Run(tmp_path / "run", cfg), r.Pairs(cfg)
+    pairs.fill()
     vae, prior = r.VAE(cfg), r.ResShift(cfg)
-    vae.start_from_pca(pool.rows(torch.arange(4))["hq"])
+    vae.start_from_pca(pairs.some(4).hq)
     vae.requires_grad_(False)
-    if frozen:
-        prior.requires_grad_(False)
-    pool.add("z_hq", lambda rows: vae.encode(rows["hq"]))
-    pool.add("z_lq", lambda rows: vae.encode(rows["lq_up"]))
-    pool.columns["estimate"] = pool.columns["scores"]
-    return run, pool, vae, prior
+    prior.requires_grad_(not frozen)
+    pairs.add("z_hq", lambda batch: vae.encode(batch.hq))
+    pairs.add("z_lq", lambda batch: vae.encode(batch.lq_up))
+    pairs.add("estimate", lambda batch: batch.scores)
+    return run, pairs, vae, prior
 
 
 def first_and_last(run, stage, name):
@@ -574,69 +575,55 @@ def test_every_stage_overfits_one_batch(stage, loss, steps, factor, tmp_path,
                                         in_project, monkeypatch):
     no_backbone(monkeypatch)
     cfg = dataclasses.replace(
-        MICRO, vae_steps=steps, prior_steps=steps, estimator_steps=steps,
-        gendr_steps=steps, adc_steps=steps, pix_steps=steps, negative=0.0, log_every=5,
-        save_every=1000, learning_rate=5e-3, gendr_learning_rate=5e-3,
-        student_learning_rate=3e-3, vae_learning_rate=3e-3, ema=0.5)
-    run, pool, vae, prior = world(tmp_path, cfg, stage != "resshift")
-    play_stage(stage, run, pool, vae, prior)
+        MICRO, negative=0.0, log_every=5, save_every=1000, learning_rate=5e-3,
+        gendr_learning_rate=5e-3, student_learning_rate=3e-3, vae_learning_rate=3e-3,
+        ema=0.5, distill="cid", lambda_cid=0.1, lambda_cid_adv=0.05)
+    run, pairs, vae, prior = world(tmp_path, cfg, stage != "resshift")
+    play_stage(stage, steps, run, pairs, vae, prior)
     first, last = first_and_last(run, stage, loss)
     assert last < factor * first
 
 
-def play_stage(stage, run, pool, vae, prior, at_start=lambda model: None):
+def play_stage(name, steps, run, pairs, vae, prior, at_start=lambda model: None):
     """Train one stage on what the stages before it would hand over; its model."""
-    cfg = run.cfg
-    if stage == "vae":
-        model = r.VAE(cfg)
-        at_start(model)
-        r.train_vae(run, model, pool)
-        return model
-
-    def taught(model, turns, steps):
-        at_start(model)
-        r.train(run, stage, turns, pool, steps)
-        return model
-    if stage == "resshift":
-        return taught(prior, r.prior_turns(prior, cfg), cfg.prior_steps)
-    if stage == "estimator":
-        model = g.DegradationEstimator(cfg)
-        return taught(model, g.estimator_turns(model, cfg), cfg.estimator_steps)
-    gendr = g.gendr_from_prior(prior, vae, cfg)
-    if stage == "gendr":
-        return taught(gendr, g.gendr_turns(prior, gendr, cfg), cfg.gendr_steps)
-    gendr.requires_grad_(False)
-    pool.columns["z_tea"] = pool.columns["z_hq"]
-    adc = g.pixel_input(gendr, cfg, pool.rows(torch.arange(4)))
-    if stage == "adc":
-        return taught(adc, g.adc_turns(gendr, adc, cfg), cfg.adc_steps)
-    adc.requires_grad_(False)
-    pool.add("y_tea", lambda rows: rows["hq"])
-    pix = g.pixel_output(adc, cfg, pool.rows(torch.arange(4)))
-    turns = g.pix_turns(adc, pix, r.Perceptual("alex"), cfg)
-    return taught(pix, turns, cfg.pix_steps)
+    cfg, m, rows = run.cfg, {"vae": vae, "resshift": prior}, None
+    if name in ("adc", "pix"):
+        pairs.add("z_tea", lambda batch: batch.z_hq)
+        pairs.add("y_tea", lambda batch: batch.hq)
+        rows = pairs.some(4)
+        m["gendr"] = g.build("gendr", m, cfg).requires_grad_(False)
+    if name == "pix":
+        m["adc"] = g.build("adc", m, cfg, rows).requires_grad_(False)
+    model = prior if name == "resshift" else g.build(name, m, cfg, rows)
+    if name == "vae":
+        model.start_from_pca(pairs.some(4).hq)
+    at_start(model)
+    stage = {"vae": r.vae_stage, "resshift": r.prior_stage}.get(name)
+    stage = stage(model, cfg) if stage else g.stage_of(
+        name, model, m, cfg, r.Perceptual("alex") if name == "pix" else None)
+    r.train(run, name, stage, pairs, steps)
+    return model
 
 
 @pytest.mark.parametrize("stage", ["vae", "resshift", "estimator", "gendr", "adc",
                                    "pix"])
 def test_a_killed_stage_resumes_bit_for_bit(stage, tmp_path, in_project, monkeypatch):
     no_backbone(monkeypatch)
-    cfg = dataclasses.replace(MICRO, vae_steps=5, prior_steps=5, gendr_steps=5,
-                              estimator_steps=5, adc_steps=5, pix_steps=5)
+    cfg = dataclasses.replace(MICRO, lambda_cid_adv=0.1)
 
     def trained(folder, kill_at=None):
         torch.manual_seed(1)
-        run, pool, vae, prior = world(folder, cfg, stage != "resshift")
-        if kill_at:
-            batch, calls = pool.batch, []
+        run, pairs, vae, prior = world(folder, cfg, stage != "resshift")
+        batches = pairs.batches
 
-            def dying(generator):
-                calls.append(1)
-                if len(calls) > kill_at:
+        def dying(*arguments):
+            for i, batch in enumerate(batches(*arguments)):
+                if i == kill_at:
                     raise KeyboardInterrupt
-                return batch(generator)
-            pool.batch = dying
-        model = play_stage(stage, run, pool, vae, prior)
+                yield batch
+        pairs.batches = dying
+        model = play_stage(stage, 5, run, pairs, vae, prior)
+        run.lock_file.close()
         return model.state_dict()
     whole = trained(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
@@ -647,38 +634,94 @@ def test_a_killed_stage_resumes_bit_for_bit(stage, tmp_path, in_project, monkeyp
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
-def test_in_a_turn_only_its_player_gets_gradients(tmp_path, in_project):
-    run, pool, _, _ = world(tmp_path)
+def test_a_step_moves_its_player_alone_and_leaves_no_gradient(tmp_path, in_project):
+    run, pairs, _, _ = world(tmp_path)
     a, b = nn.Linear(1, 1), nn.Linear(1, 1)
     b.bias.requires_grad_(False)
-    seen = []
+    everything, seen = [*a.parameters(), *b.parameters()], []
 
-    def losses(name):
-        def run_both(batch, draw):
-            seen.append((name, a.weight.grad is None, b.weight.grad is None,
-                         a.weight.requires_grad, b.weight.requires_grad))
-            return {name: b(a(torch.ones(1, 1))).sum()}
-        return run_both
-    r.train(run, "s", [r.Turn("a", a, losses("a"), 1e-3),
-                       r.Turn("b", b, losses("b"), 1e-3, times=2)], pool, 1)
-    # a plays once, then b twice; a's turn left nothing in b, and b is not a's player
-    assert seen == [("a", True, True, True, False), ("b", False, True, False, True),
-                    ("b", False, False, False, True)]
-    assert a.bias.requires_grad and not b.bias.requires_grad
+    def step(batch, draws):
+        for player in (a, b, b):                     # b plays twice
+            before = [p.detach().clone() for p in everything]
+            yield player, {"loss": b(a(torch.ones(1, 1))).sum()}
+            seen.append([not torch.equal(p, q) for p, q in zip(everything, before)])
+            assert all(p.grad is None for p in everything)
+    r.train(run, "s", (step, {a: 1e-3, b: 1e-3}), pairs, 1)
+    assert seen == [[True, True, False, False]] + 2 * [[False, False, True, False]]
 
 
-def test_parts_of_a_run_start_alike_under_one_seed(tmp_path, in_project):
-    run, pool, vae, _ = world(tmp_path)
-    draws = []
+def test_pairs_without_a_pool_come_from_the_loader_and_repeat(tmp_path, in_project,
+                                                              capsys):
+    cfg = dataclasses.replace(MICRO, pool=0, train_data="tiny_data")
+    pairs = r.Pairs(cfg)
+    pairs.fill()
+    calls = []
+    pairs.add("z_hq", lambda batch: calls.append(1) or 2 * batch.hq)
+    whole = list(pairs.batches("pix", 0, 3))
+    two = r.Pairs(dataclasses.replace(cfg, workers=2)).batches("pix", 2, 3)
+    for a, b in zip(whole[2:], two):                 # two processes, later steps alone
+        assert torch.equal(a.hq, b.hq) and torch.equal(a.scores, b.scores)
+    assert not torch.equal(whole[0].hq, whole[1].hq)
+    assert not calls and torch.equal(whole[0].z_hq, 2 * whole[0].hq) and calls == [1]
+    with pytest.raises(AttributeError, match="y_tea"):
+        whole[0].y_tea
+    assert whole[0].lq_up.shape == (4, 3, 32, 32)
+    small = dataclasses.replace(cfg, crop=256)       # what is too small is left out
+    r.Pairs(small)
+    said = capsys.readouterr().out.splitlines()[-1]
+    used, left = [int(n) for n in said.split() if n.isdigit()][:2]
+    sizes = [min(Image.open(f).size) for f in r.picture_files("tiny_data")]
+    assert used == sum(n >= 256 for n in sizes) and used + left == len(sizes) and left
+    Image.new("RGB", (20, 20)).save(tmp_path / "thumb.png")
+    with pytest.raises(r.UserError, match="no picture has a 256 pixel crop"):
+        r.Pairs(dataclasses.replace(small, train_data=str(tmp_path)))
+
+
+def test_every_stage_computes_on_a_fake_gpu_alone():
+    """Fake CUDA tensors refuse to meet a tensor that was left on the CPU."""
+    from torch._subclasses import FakeTensorMode
+    cfg = dataclasses.replace(MICRO, distill="cid", lambda_cid_adv=0.1,
+                              vae_lora_rank=2, negative=0.5)
+    n, z = cfg.batch, (cfg.batch, 16, 4, 4)
+    with FakeTensorMode(), torch.device("cuda", 0):
+        m = {}
+        batch = r.Batch(**{k: torch.rand(n, 3, 32, 32) for k in (
+                            "hq", "lq_up", "y_tea")},
+                        **{k: torch.rand(*z) for k in ("z_hq", "z_lq", "z_tea")},
+                        **{k: torch.rand(n, 2) for k in ("scores", "estimate")},
+                        lq=torch.rand(n, 3, 8, 8))
+        with pytest.raises(Exception, match="device"):
+            batch.hq + torch.rand(32, device="cpu")
+        for name in STAGES:
+            rows = batch if name in ("adc", "pix") else None
+            m[name] = g.build(name, m, cfg, rows)
+            step, _ = {"vae": r.vae_stage, "resshift": r.prior_stage}[name](
+                m[name], cfg) if name in ("vae", "resshift") else g.stage_of(
+                    name, m[name], m, cfg, lambda a, b: (a - b).abs().mean((1, 2, 3)))
+            moves = [losses for _, losses in step(batch, r.Draws(0))]
+            assert len(moves) == {"gendr": 3, "adc": 2, "pix": 2}.get(name, 1)
+            assert all(v.device.type == "cuda" for x in moves for v in x.values())
+            m[name].requires_grad_(False)
+
+
+def test_parts_of_a_run_start_alike_and_notice_what_they_stand_on(tmp_path, in_project):
+    run, _, vae, _ = world(tmp_path)
+    draws, file = [], run.folder / "vae.safetensors"
+    r.save_weights(vae.state_dict(), file)
 
     def build():
         draws.append(torch.rand(3))
         return r.ResShift(MICRO)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        part = run.part(name, seed=seed, kappa=0.5)
+        part = run.part(name, ["vae"], seed=seed, kappa=0.5)
         r.chapter(part, "resshift", build, lambda m: None)
         assert part.cfg.kappa == 0.5 and (part.folder / "resshift.safetensors").exists()
+        part.lock_file.close()
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    run.part("a", ["vae"], seed=3, kappa=0.5).lock_file.close()
+    r.save_weights(r.VAE(MICRO).state_dict(), file)          # the VAE is trained anew
+    with pytest.raises(r.UserError, match="another on"):
+        run.part("a", ["vae"], seed=3, kappa=0.5)
 
 
 def test_checkpointing_changes_memory_and_nothing_else():
@@ -695,7 +738,7 @@ def test_checkpointing_changes_memory_and_nothing_else():
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
-    """All stages, adversarial ones included, by torch's DistributedDataParallel."""
+    """All stages, adversarial ones included: gradients are means over processes."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_HOME": "/nonexistent",
                         "https_proxy": "http://127.0.0.1:9"}
     here = str(HERE / "test_gendr_pix.py")
@@ -726,55 +769,56 @@ STAGES = ("vae", "resshift", "estimator", "gendr", "adc", "pix")
 
 def train_every_stage(folder, batch):
     """What the two processes of the test above run: three steps of every stage."""
-    r.join_processes()
     # Adam divides by the gradient's size, so that rounding in a gradient of nearly 0
     # moves a weight by a part of the learning rate: 3 small steps keep it under 1e-5.
     cfg = dataclasses.replace(
-        MICRO, batch=batch, pool=8, vae_steps=3, prior_steps=3, gendr_steps=3,
-        estimator_steps=3, adc_steps=3, pix_steps=3, save_every=2, negative=0.3,
-        **{f"{k}learning_rate": 3e-4 for k in (
+        MICRO, batch=batch, estimator_batch=batch, pool=8, negative=0.3,
+        lambda_cid_adv=0.1, **{f"{k}learning_rate": 3e-4 for k in (
             "", "gendr_", "student_", "critic_", "vae_", "estimator_", "fake_")})
     for stage in STAGES:
         torch.manual_seed(1)
-        run, pool, vae, prior = world(Path(folder) / stage, cfg, stage != "resshift")
-        model = play_stage(stage, run, pool, vae, prior, lambda m: r.save_weights(
-            m, Path(folder) / f"{stage}-start.safetensors"))
-        r.save_weights(model, Path(folder) / f"{stage}.safetensors")
+        run, pairs, vae, prior = world(Path(folder) / stage, cfg, stage != "resshift")
+        model = play_stage(stage, 3, run, pairs, vae, prior, lambda m: r.save_weights(
+            m.state_dict(), Path(folder) / f"{stage}-start.safetensors"))
+        r.save_weights(model.state_dict(), Path(folder) / f"{stage}.safetensors")
         if r.world()[0] == 0:
             run.lock_file.close()
-    if r.world()[1] > 1:
-        torch.distributed.destroy_process_group()
 
 
 def test_a_loss_that_is_not_finite_stops_the_stage_by_name(tmp_path, in_project):
-    run, pool, _, _ = world(tmp_path)
+    run, pairs, _, _ = world(tmp_path)
     model = nn.Linear(1, 1)
-    turn = r.Turn("player", model, lambda b, s: {
-        "fine": model.weight.sum(), "broken": model.weight.sum() / 0 * 0}, 1e-3)
-    with pytest.raises(FloatingPointError, match="player.*broken"):
-        r.train(run, "stage", [turn], pool, 1)
+
+    def step(batch, draws):
+        yield model, {"fine": model.weight.sum(), "broken": model.weight.sum() / 0 * 0}
+    with pytest.raises(FloatingPointError, match="stage.*broken"):
+        r.train(run, "stage", (step, {model: 1e-3}), pairs, 1)
 
 
 def test_a_run_refuses_other_settings_and_a_second_process(tmp_path):
     r.Run(tmp_path, MICRO).lock_file.close()
+    free = dataclasses.replace(MICRO, save_every=7, log_every=9, workers=1)
+    r.Run(tmp_path, free).lock_file.close()          # what changes no result may change
     with pytest.raises(r.UserError, match="another crop"):
         r.Run(tmp_path, dataclasses.replace(MICRO, crop=64))
     first = r.Run(tmp_path / "two", MICRO)
     with pytest.raises(r.UserError, match="another process"):
         r.Run(tmp_path / "two", MICRO)
     first.lock_file.close()
+    assert r.Run(tmp_path).cfg == free
 
 
 def test_weights_files_are_checked(tmp_path):
     model, file = nn.Linear(2, 3), tmp_path / "w.safetensors"
-    r.save_weights(model, file)
-    twin = r.load_weights(nn.Linear(2, 3), file)
+    r.save_weights(model.state_dict(), file)
+    twin = nn.Linear(2, 3)
+    r.fit_weights(twin.state_dict(), r.read_weights(file), file)
     assert torch.equal(twin.weight, model.weight)
     with pytest.raises(r.UserError, match=r"weight is \(3, 2\), not \(4, 2\)"):
-        r.load_weights(nn.Linear(2, 4), file)
+        r.fit_weights(nn.Linear(2, 4).state_dict(), r.read_weights(file), file)
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(r.UserError, match="not a weights file"):
-        r.load_weights(nn.Linear(2, 3), file)
+        r.read_weights(file)
 
 
 # ---- gendr_pix.py, 1 and 2: scores and LoRA ------------------------------------------
@@ -832,56 +876,66 @@ def test_fold_equals_the_unfolded_network_and_unfold_restores_it():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         y = model(x, scores)
-        g.fold(model, scores)
-        folded = model(x, torch.zeros(1, 2))                        # scores are in W'
-        g.unfold(model)
-        other = model(x, torch.tensor([[0.9, 0.1]]))
-    close(folded, y, 1e-4)
-    assert not torch.allclose(other, y, atol=1e-3)
+        with g.folded(model, scores):
+            close(model(x), y, 1e-4)                 # the scores are in W'
+            with pytest.raises(ValueError):          # and others cannot be meant
+                model(x, scores)
+        with pytest.raises(ValueError):
+            model(x)
+        assert not torch.allclose(model(x, torch.tensor([[0.9, 0.1]])), y, atol=1e-3)
     after = model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
-    bare = g.without_lora(model)
-    assert not g.lora_layers(bare)
-    for layer in g.lora_layers(model.unet):
-        nn.init.zeros_(layer.B.weight)
-    with torch.no_grad():
-        close(bare(x, scores), model(x, scores), 1e-5)
     with pytest.raises(ValueError):
         g.fold(model, torch.zeros(2, 2))
 
 
 def test_lora_on_the_vae_encoder_is_guided_trained_and_folded(tmp_path, in_project):
-    cfg = dataclasses.replace(MICRO, vae_lora_rank=2, gendr_steps=3)
-    run, pool, vae, prior = world(tmp_path, cfg)
+    cfg = dataclasses.replace(MICRO, vae_lora_rank=2)
+    run, pairs, vae, prior = world(tmp_path, cfg)
     nn.init.normal_(vae.quant_conv.weight, std=0.1)      # else the encoder is not heard
-    pool.add("z_lq", lambda rows: vae.encode(rows["lq_up"]))
+    pairs.add("z_lq", lambda batch: vae.encode(batch.lq_up))
     gendr, plain = (g.gendr_from_prior(prior, vae, c) for c in (cfg, MICRO))
-    batch = pool.rows(torch.arange(2))
+    batch = pairs.some(2)
     with torch.no_grad():
         close(gendr.latent(batch), plain.latent(batch), 1e-4)       # B = 0
-        decoded = gendr.end_out.decode(batch["z_hq"])
+        decoded = gendr.end_out.decode(batch.z_hq)
     assert max(gendr.end_lora.block_of.values()) == 5               # 4 down, mid, out
-    r.train(run, "gendr", g.gendr_turns(prior, gendr, cfg), pool, 3)
+    r.train(run, "gendr", g.gendr_stage(prior, gendr, cfg), pairs, 3)
     layers = g.lora_layers(gendr.end_in)
     assert all(m.B.weight.abs().sum() > 0 for m in layers)
     assert not any(m.base.weight.requires_grad for m in layers)
-    scores = torch.tensor([[0.3, 0.8]])
+    x, scores = batch.lq_up[:1], torch.tensor([[0.3, 0.8]])
     for layer in layers:
         nn.init.normal_(layer.B.weight, std=0.05)
     with torch.no_grad():
-        close(gendr.end_out.decode(batch["z_hq"]), decoded)         # the decoder is not
-        y = gendr(batch["lq_up"][:1], scores)
-        g.fold(gendr, scores)
-        close(gendr(batch["lq_up"][:1], torch.zeros(1, 2)), y, 1e-4)
-        g.unfold(gendr)
-        assert not torch.allclose(gendr(batch["lq_up"][:1], 1 - scores), y, atol=1e-4)
-    file = tmp_path / "gendr.safetensors"
-    r.save_weights(gendr, file)
-    again = r.load_weights(g.gendr_from_prior(prior, vae, cfg), file)
-    with torch.no_grad():
-        close(again(batch["lq_up"][:1], scores), y, 1e-5)
+        close(gendr.end_out.decode(batch.z_hq), decoded)            # the decoder is not
+        y = gendr(x, scores)
+        with g.folded(gendr, scores):
+            close(gendr(x), y, 1e-4)
+        assert not torch.allclose(gendr(x, 1 - scores), y, atol=1e-4)
     adc = g.pixel_input(gendr, cfg, batch)
     assert adc.end_lora is None and not g.lora_layers(adc.end_in)
+
+
+def test_a_chapter_stores_what_is_its_own_and_loads_the_same_model(tmp_path,
+                                                                   in_project):
+    run, pairs, vae, prior = world(tmp_path)
+    m, x, scores = {"vae": vae, "resshift": prior}, photo(32), torch.rand(1, 2)
+    pairs.add("z_tea", lambda batch: batch.z_hq)
+    made = []
+    for name in ("gendr", "adc"):
+        kept = g.chapter(run, name, lambda: g.build(name, m, MICRO, pairs.some(4)),
+                         wake, list(m.values()))
+        state = r.load_file(run.folder / f"{name}.safetensors")
+        assert not any(k.startswith(("end_in", "end_out")) for k in state)   # the VAE
+        again = g.chapter(run, name, lambda: g.build(name, m, MICRO), None,
+                          list(m.values()))
+        with torch.no_grad():
+            assert torch.equal(again(x, scores), kept(x, scores))
+        made.append(state)
+        m[name] = kept
+    base = "unet.mid_block.resnets.0.conv1.base.weight"      # GenDR's is the prior's,
+    assert base not in made[0] and base in made[1]           # GenDR-Adc's is its own
 
 
 def test_score_embedding_is_the_papers_formula():
@@ -930,16 +984,16 @@ def test_least_squares_finds_an_exact_linear_map():
 
 def test_new_ends_start_near_their_teacher_and_keep_the_size():
     gendr, _ = awake_restorer()
-    x = photo(64)
-    rows = {"lq_up": x, "estimate": torch.zeros(1, 2)}
-    adc = g.pixel_input(gendr, MICRO, rows)
+    x, scores = photo(64), torch.zeros(1, 2)
+    batch = r.Batch(lq_up=x, estimate=scores)
+    adc = g.pixel_input(gendr, MICRO, batch)
     with torch.no_grad():
         # encode is linear here (a fresh VAE), so a linear end can match it exactly
         close(adc.shortcut(adc.end_in.encode(x)), gendr.end_in.encode(x), 2e-2)
-        rows["y_tea"] = adc(x, rows["estimate"])
-        pix = g.pixel_output(adc, MICRO, rows)
+        batch.y_tea = adc(x, scores)
+        pix = g.pixel_output(adc, MICRO, batch)
         rough = g.pixel_output(adc, dataclasses.replace(MICRO, least_squares=False))
-        error, plain = ((m(x, rows["estimate"]) - rows["y_tea"]).square().mean()
+        error, plain = ((m(x, scores) - batch.y_tea).square().mean()
                         for m in (pix, rough))
     assert error < 0.5 * plain
     assert pix(randn(1, 3, 24, 40), torch.zeros(1, 2)).shape == (1, 3, 24, 40)
@@ -969,18 +1023,22 @@ class Line:
         k = self.c * std ** 2 / (self.c ** 2 * std ** 2 + self.n)
         return k, mean - k * (self.c * mean + self.eta * self.y0)
 
-    def scores(self, a, b, psi, z_h=None):
-        """`Predictions` of the generator (a, b) with psi exact for another (a, b)."""
+    def loss(self, loss, a, b, psi, xi, z_h):
+        """A loss of the generator (a, b) with psi exact for another (a, b), w = 1."""
         z_g = a * self.u + b
         z_t = self.c * z_g + self.eta * self.y0 + self.n ** 0.5 * self.eps
         real, fake = (k * z_t + i for k, i in (self.exact(self.m, self.s), psi))
         z_h = torch.full_like(z_g, self.m) if z_h is None else z_h
-        return g.Predictions(z_g, z_h, real, real, fake, 1.0)
+        if loss is g.vsd_loss:
+            return loss(z_g, real, fake, 1.0)
+        if loss is g.sid_loss:
+            return loss(z_g, real, fake, 1.0, xi)
+        return loss(z_h, real, real, fake, 1.0, xi)
 
     def gradient(self, loss, a, b, xi=1.2, z_h=None):
         """(dL/da, dL/db) by autograd, psi exact for (a, b) and frozen."""
         at = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (a, b)]
-        loss(self.scores(*at, self.exact(b, a), z_h), xi).backward()
+        self.loss(loss, *at, self.exact(b, a), xi, z_h).backward()
         return tuple(v.grad.item() for v in at)
 
 
@@ -1042,48 +1100,44 @@ def test_distillation_rests_where_the_two_score_networks_agree():
         close(line.gradient(loss, line.s, line.m), (0.0, 0.0), 1e-9)
 
 
-def test_score_weight_is_sids_normaliser_and_has_no_gradient():
-    z, real = randn(2, 3, 4, 4).requires_grad_(True), randn(2, 3, 4, 4, seed=1)
-    w = g.normaliser(z, real)
-    close(w[1, 0, 0, 0], 1 / (z[1] - real[1]).abs().mean(), 1e-6)
-    assert w.shape == (2, 1, 1, 1) and not w.requires_grad
-
-
-def test_guided_prior_and_fake_score_are_what_they_say():
+def test_distillation_guides_weighs_and_shares_the_base_network():
     gendr, prior = awake_restorer()
     fake = g.fake_score_from(prior, MICRO)
     z, z_h, y0 = (randn(2, 16, 4, 4, seed=s) for s in (1, 2, 3))
-    cfg = dataclasses.replace(MICRO, cid_t_min=2, cid_t_max=2, cid_guidance=1.5)
-    s = g.predict(prior, fake, z, z_h, y0, rng(7), cfg)
-    z_t, t = g.noised(prior.chain, z, y0, rng(7), cfg)
-    assert t.tolist() == [2, 2]
-    negative = prior(z_t, y0, t, r.NEGATIVE)
-    close(s.guided, 1.5 * s.real - 0.5 * negative, 1e-4)
-    close(s.fake, s.real, 1e-5)                              # psi starts as phi
-    base = fake.unet.mid_block.resnets[0].conv1.base.weight
-    assert base is prior.unet.mid_block.resnets[0].conv1.weight      # one base network
-    eta = prior.chain.eta[2]                                 # z_t is on the chain
+    cfg = dataclasses.replace(MICRO, distill="cid", cid_t_max=2, cid_guidance=1.5)
+    z_t, t = g.noised(prior.chain, z, y0, r.Draws(7), cfg)
+    assert set(t.tolist()) <= {1, 2}
+    eta = prior.chain.at(prior.chain.eta, t, z)              # z_t is on the chain
     noise = (z_t - z - eta * (y0 - z)) / (cfg.kappa * eta.sqrt())
     assert abs(noise.std().item() - 1) < 0.15
+    with torch.no_grad():
+        real, negative = prior(z_t, y0, t), prior(z_t, y0, t, r.NEGATIVE)
+        close(fake(z_t, y0, t), real, 1e-5)                  # psi starts as phi
+        w = 1 / (z - real).abs().mean((1, 2, 3), keepdim=True)       # SiD's normaliser
+        gap = 0.5 * (real - negative)                        # f_phi^cfg - f_psi
+        expected = (w * gap * (real + gap - z_h)).mean()
+        got = g.distillation(prior, fake, z, z_h, y0, r.Draws(7), cfg)
+    close(got, expected, 1e-4)
+    base = fake.unet.mid_block.resnets[0].conv1.base.weight
+    assert base is prior.unet.mid_block.resnets[0].conv1.weight      # one base network
 
 
-def test_gradients_of_a_gendr_step_stay_where_they_belong(tmp_path, in_project):
-    run, pool, vae, prior = world(tmp_path)
+def test_a_gendr_step_moves_all_three_players_and_nobody_else(tmp_path, in_project):
+    cfg = dataclasses.replace(MICRO, distill="cid", lambda_cid_adv=0.1)
+    run, pairs, vae, prior = world(tmp_path, cfg)
     wake(prior).requires_grad_(False)
-    gendr = g.gendr_from_prior(prior, vae, MICRO)
-    turns = {t.name: t for t in g.gendr_turns(prior, gendr, MICRO)}
-    assert list(turns) == ["generator", "fake score", "discriminator"]
-    own = {n: [p for p in t.module.parameters() if p.requires_grad]
-           for n, t in turns.items()}
-    batch = pool.rows(torch.arange(4))
-    for name, turn in turns.items():
-        with r.frozen([t.module for t in turns.values() if t is not turn]):
-            sum(turn.losses(batch, rng()).values()).backward()
-        for other, parameters in own.items():
-            touched = any(p.grad is not None for p in parameters)
-            assert touched == (other == name), (name, other)
-        assert all(p.grad is None for p in prior.parameters())
-        turn.module.zero_grad(set_to_none=True)
+    gendr = g.gendr_from_prior(prior, vae, cfg)
+    step, rates = g.gendr_stage(prior, gendr, cfg)
+    assert len(rates) == 3 and next(iter(rates)) is gendr
+    frozen = [p for m in (prior, vae) for p in m.parameters()]
+    before = [p.clone() for p in frozen]
+    own = {m: [p for p in m.parameters() if p.requires_grad] for m in rates}
+    starts = {m: [p.detach().clone() for p in ps] for m, ps in own.items()}
+    r.train(run, "gendr", (step, rates), pairs, 2)
+    assert all(torch.equal(p, q) for p, q in zip(frozen, before))
+    for module, parameters in own.items():
+        assert any(not torch.equal(p, q) for p, q in zip(parameters, starts[module]))
+    assert all(p.grad is None for ps in [frozen, *own.values()] for p in ps)
 
 
 # ---- gendr_pix.py, 5: padding, Fourier loss, discriminator ---------------------------
@@ -1127,10 +1181,15 @@ class Blur(nn.Module):
     """A translation-equivariant stand-in for a restorer."""
     end_out = r.PixelShuffle(8)
 
+    def __init__(self):
+        super().__init__()
+        self.unet = nn.Identity()
+        self.unet.cfg = MICRO
+
     def guide(self, scores):
         pass
 
-    def forward(self, x, scores, prompt=r.POSITIVE):
+    def forward(self, x, scores=None, prompt=r.POSITIVE):
         return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) + 0 * prompt
 
 
@@ -1140,85 +1199,88 @@ def test_pad_cfg_at_weight_one_is_the_padded_positive_branch():
     wake(pix)
     x, scores = randn(1, 3, 16, 24), torch.zeros(1, 2)
     with torch.no_grad():
-        y = g.pad_cfg(pix, x, scores, 1.0)
+        y = g.pad_cfg(pix, x, 1.0, scores)
         branch = pix(F.pad(x, (4, 4, 4, 4), mode="reflect"), scores, r.POSITIVE)
         close(y, branch[:, :, 4:20, 4:28], 1e-5)
-        assert not torch.allclose(y, g.pad_cfg(pix, x, scores, 1.2), atol=1e-4)
+        assert not torch.allclose(y, g.pad_cfg(pix, x, 1.2, scores), atol=1e-4)
 
 
 def test_pad_cfg_of_an_equivariant_model_is_the_unpadded_result():
     x = randn(1, 3, 16, 16)
     inside = (..., slice(1, -1), slice(1, -1))               # borders see the padding
-    close(g.pad_cfg(Blur(), x, None, 1.3)[inside], Blur()(x, None)[inside], 1e-5)
+    close(g.pad_cfg(Blur(), x, 1.3)[inside], Blur()(x)[inside], 1e-5)
 
 
-def test_generators_adversarial_step_leaves_no_gradient_in_the_discriminator():
-    gendr, _ = awake_restorer()
-    critic = g.Discriminator(gendr, MICRO)
-    adversary, fake = g.Adversary(critic), randn(2, 16, 4, 4).requires_grad_(True)
-    with r.frozen([critic]):                                 # as `train` does
-        adversary.generator_loss(fake).backward()
-    assert fake.grad.abs().sum() > 0
+def test_generators_adversarial_step_leaves_no_gradient_in_the_discriminator(
+        tmp_path, in_project):
+    run, pairs, vae, prior = world(tmp_path)
+    m = {"vae": vae, "resshift": prior}
+    m["gendr"] = g.build("gendr", m, MICRO).requires_grad_(False)
+    pairs.add("z_tea", lambda batch: batch.z_hq)
+    student = g.build("adc", m, MICRO, pairs.some(4))
+    step, rates = g.adc_stage(m["gendr"], student, MICRO)
+    critic = list(rates)[1]
+    start = [p.detach().clone() for p in critic.parameters()]
+    moves = step(pairs.some(4), r.Draws(0))
+    player, losses = next(moves)
+    r.descend(torch.optim.Adam(p for p in student.parameters() if p.requires_grad),
+              losses, 1e-3, 1.0, "adc")
+    assert player is student and losses["adv"] > 0
     assert all(p.grad is None for p in critic.parameters())
-    loss = adversary.discriminator_loss(randn(2, 16, 4, 4, seed=1))
-    fake.grad = None
-    loss.backward()
-    assert fake.grad is None
-    assert all(p.grad is not None for p in critic.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(critic.parameters(), start))
+    player, losses = next(moves)                     # D's own: it sees no student
+    trained = [p for p in student.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(losses["d"], trained, allow_unused=True,
+                                    retain_graph=True)
+    assert player is critic and all(x is None for x in gradients)
+    assert all(x is not None for x in torch.autograd.grad(
+        losses["d"], list(critic.parameters())))
 
 
 def test_discriminator_reads_the_end_of_every_level():
     gendr, _ = awake_restorer()
     critic, h = g.Discriminator(gendr, MICRO), randn(1, 16, 8, 8)
-    shapes = [tuple(f.shape[1:]) for f in critic.features(h)]
-    assert shapes == [(16, 8, 8), (32, 4, 4), (32, 4, 4)]
     seen = []
     block = critic.backbone[0].unet.down_blocks[0]
     block.attentions[-1].register_forward_hook(lambda m, x, y: seen.append(y))
-    assert torch.equal(critic.features(h)[0], seen[0])
+    features = critic.features(h)
+    shapes = [tuple(f.shape[1:]) for f in features]
+    assert shapes == [(16, 8, 8), (32, 4, 4), (32, 4, 4)]
+    assert torch.equal(features[0], seen[0])
 
 
 def test_adversarial_losses_are_the_softplus_formulas():
     gendr, _ = awake_restorer()
     critic = g.Discriminator(gendr, MICRO)
-    adversary = g.Adversary(critic)
-    fake, real = randn(2, 16, 4, 4), randn(2, 16, 4, 4, seed=1)
-    expected = torch.log1p((-critic(fake)).exp()).mean()
-    close(adversary.generator_loss(fake), expected, 1e-5)
-    expected = torch.log1p(critic(fake).exp()).mean() + torch.log1p(
-        (-critic(real)).exp()).mean()
-    close(adversary.discriminator_loss(real), expected, 1e-5)
+    fake, real = (critic.features(randn(2, 16, 4, 4, seed=s)) for s in (0, 1))
+    expected = torch.log1p(critic.judge(fake).exp()).mean() + torch.log1p(
+        (-critic.judge(real)).exp()).mean()
+    close(critic.loss(fake, real), expected, 1e-5)
 
 
 # ---- gendr_pix.py, 6 and 7: negatives, restore ---------------------------------------
 
 
 def test_online_negatives_swap_prompt_and_target_together():
-    batch = {"hq": torch.ones(400, 1, 1, 1), "lq": torch.zeros(400, 1, 1, 1)}
     cfg = dataclasses.replace(MICRO, negative=0.25)
-    prompt, target = r.negatives(batch, "hq", "lq", rng(), cfg)
+    prompt, target = r.negatives(torch.ones(400, 1, 1, 1), torch.zeros(400, 1, 1, 1),
+                                 r.Draws(0), cfg)
     assert torch.equal(target.flatten() == 0, prompt == r.NEGATIVE)
     assert abs((prompt == r.NEGATIVE).float().mean().item() - 0.25) < 0.07
 
 
 def test_restore_keeps_any_size_and_tiles_agree_with_one_piece():
-    model, estimator = Blur(), None
-    model.unet = nn.Identity()
-    model.unet.cfg = MICRO
     lq, scores = photo(60)[:, :, :53, :60], torch.zeros(1, 2)
-    whole = g.restore(model, estimator, lq, 4, scores=scores)
+    whole = g.restore(Blur(), None, lq, 4, scores=scores)
     assert whole.shape == (1, 3, 212, 240)
-    tiled = g.restore(model, estimator, lq, 4, tile=128, scores=scores)
+    tiled = g.restore(Blur(), None, lq, 4, tile=128, scores=scores)
     assert (whole - tiled).abs().max() < 0.05                # only near tile borders
     assert (whole - tiled).abs().mean() < 1e-3
 
 
 def test_restore_does_not_shift_the_picture():
-    model = Blur()
-    model.unet = nn.Identity()
-    model.unet.cfg = MICRO
     lq = photo(48) + photo(48).flip(2, 3)
-    up = g.restore(model, None, lq / 2, 4, scores=torch.zeros(1, 2))
+    up = g.restore(Blur(), None, lq / 2, 4, scores=torch.zeros(1, 2))
     close(up, up.flip(2, 3), 1e-5)
 
 
@@ -1234,7 +1296,7 @@ def test_scores_set_by_hand_replace_the_estimators():
     assert not torch.allclose(other, own, atol=1e-3)
     assert torch.equal(g.score_pair("0.25,1"), torch.tensor([[0.25, 1.0]]))
     for bad in ("0.5", "a,b", "0.2,1.5"):
-        with pytest.raises(r.UserError):
+        with pytest.raises(ValueError):
             g.score_pair(bad)
 
 
@@ -1242,7 +1304,7 @@ def test_guidance_at_weight_one_is_the_positive_branch_in_latent_space():
     gendr, _ = awake_restorer()
     x, scores = randn(1, 3, 16, 16), torch.zeros(1, 2)
     with torch.no_grad():
-        close(g.guided(gendr, x, scores, 1.0), gendr(x, scores), 1e-4)
+        close(g.guided(gendr, x, 1.0, scores), gendr(x, scores), 1e-4)
 
 
 def test_spearman_and_live_bytes_by_hand():
@@ -1265,75 +1327,38 @@ def test_spearman_and_live_bytes_by_hand():
     assert live.peak == 40                                   # the output, no weights
 
 
-def test_sharpness_of_a_ramp_is_its_slope():
-    slope = 3.0                                              # grey levels a pixel
-    ramp = (slope * torch.arange(32) / 255).expand(1, 3, 32, 32) * 2 - 1
-    close(g.sharpness(ramp), torch.tensor([slope]), 1e-3)
-    close(g.sharpness(ramp.transpose(2, 3)), torch.tensor([slope]), 1e-3)
-    assert g.sharpness(torch.zeros(1, 3, 32, 32)).item() == 0
-
-
-def test_ordered_pairs_counts_what_an_estimator_gets_right():
-    def knowing(lq):
-        """Less gradient: more blur.  More curvature in the calm half: more noise."""
-        curve = (lq[..., 2:] - 2 * lq[..., 1:-1] + lq[..., :-2]).abs().flatten(1)
-        gradient = (lq[..., 1:] - lq[..., :-1]).abs().mean()
-        return torch.stack([-gradient, curve.quantile(0.3)])[None]
-    pairs = r.held_out(dataclasses.replace(MICRO, val_data=str(HERE / "tiny_data/val")))
-    assert g.ordered_pairs(knowing, pairs) == {"blur": 1.0, "noise": 1.0}
-    for wrong in (lambda lq: torch.zeros(1, 2), lambda lq: -knowing(lq)):
-        assert g.ordered_pairs(wrong, pairs) == {"blur": 0, "noise": 0}
-
-
-def test_growth_finds_the_exponents(monkeypatch, capsys):
-    def fake(models, size, details):
-        return {"A": {"ms": 2.0 * size[0] ** 2.4, "bytes": 1e6 * size[1] ** 2}}
-    monkeypatch.setattr(g, "benchmark", fake)
-    found = g.growth({"A": None}, range(256, 513, 128))
-    assert found["A", "ms"] == pytest.approx(1.2, abs=1e-6)
-    assert found["A", "bytes"] == pytest.approx(1.0, abs=1e-6)
-    assert "256^2" in capsys.readouterr().out
-
-
-def test_memory_estimate_of_a_training_step_equals_a_real_one(monkeypatch):
-    no_backbone(monkeypatch)
-    estimate, real = g.training(MICRO), g.training(MICRO, real=True)
-    assert list(estimate) == list(real) == ["resshift", "gendr", "adc", "pix"]
-    for stage in real:
-        assert estimate[stage]["state"] == real[stage]["state"]
-        # attention runs in one piece on the CPU and in several on the meta device
-        ratio = estimate[stage]["activations"] / real[stage]["activations"]
-        assert 0.95 < ratio < 1.25, (stage, ratio)
-    n, vae, lpips = map(count, (r.ResShift(MICRO), r.VAE(MICRO), r.Perceptual("alex")))
-    # weights, two moments and the average of the prior; weights alone of the others
-    assert real["resshift"]["state"] == 4 * (4 * n + vae + lpips)
-
-
 def test_ablation_trains_every_row_and_goes_on_where_it_stopped(tmp_path, in_project,
                                                                 monkeypatch, capsys):
     no_backbone(monkeypatch)
-    run, _, vae, prior = world(tmp_path, dataclasses.replace(
-        MICRO, ablate_steps=1, prior_steps=1))
-    estimator, hq = g.DegradationEstimator(MICRO).requires_grad_(False), photo(64)
-    pair = r.Held("a", hq, r.degrade(hq, MICRO, rng())[0], None)
-    models = g.Models(vae, prior, estimator, None, None, None)
+    run, pairs, vae, prior = world(tmp_path)
+    m = {"vae": vae, "resshift": prior,
+         "estimator": g.DegradationEstimator(MICRO).requires_grad_(False)}
+    for name, model in m.items():
+        r.save_weights(model.state_dict(), run.folder / f"{name}.safetensors")
+    hq = photo(64)
+    held = [r.SimpleNamespace(hq=hq, lq=r.degrade(hq, MICRO, rng())[0], name="a")]
     lpips = r.Perceptual("alex")
-    table = g.ablate(run, models, [pair], lpips, seeds=2)
+    monkeypatch.setattr(r.Run, "lock", lambda self: None)    # parts twice in a process
+    table = g.ablate(run, m, pairs, held, lpips, steps=1, seeds=2)
     assert list(table) == list(g.ABLATED) and all(len(v) == 2 for v in table.values())
     start, plain = (table[k] for k in list(table)[:2])
-    assert start[0] == start[1] and plain[0] != start[0]     # no steps: no seed in it
-    assert json.loads((run.folder / "table.json").read_text()) == table
+    assert start[0]["psnr"] == start[1]["psnr"]              # no steps: no seed in it
+    assert plain[0]["psnr"] != start[0]["psnr"]
+    assert json.loads((run.folder / "rows.json").read_text()) == table
     monkeypatch.setattr(g, "train", None)                    # nothing is left to train
-    assert g.ablate(run, models, [pair], lpips, seeds=2) == table
+    again = g.ablate(run, m, pairs, held, lpips, steps=1, seeds=2)
+    assert all(a["psnr"] == b["psnr"] for k in table for a, b in
+               zip(table[k], again[k]))
     printed = capsys.readouterr().out
-    assert all(printed.count(f"\n{name:26s} ") == 2 for name in g.ABLATED)
+    assert all(f"\n{name} " in printed for name in g.ABLATED)
 
 
 def test_the_figure_of_scores_draws_a_grid(tmp_path):
     model, _ = awake_restorer()
     hq = photo(64)
-    pair = r.Held("a", hq, r.degrade(hq, MICRO, rng())[0], None)
-    g.draw_scores(model, g.DegradationEstimator(MICRO), pair, MICRO, tmp_path / "s.png")
+    pair = r.SimpleNamespace(hq=hq, lq=r.degrade(hq, MICRO, rng())[0], name="a")
+    m = {"pix": model, "estimator": g.DegradationEstimator(MICRO)}
+    g.draw_scores(m, pair, MICRO, tmp_path / "s.png")
     array = np.array(Image.open(tmp_path / "s.png").convert("RGB"))
     assert array.shape[1] > 800 and array.std() > 20
 
@@ -1353,33 +1378,37 @@ def command(script, *arguments, cwd=HERE):
 def finished(tmp_path_factory):
     """A run of all chapters with a handful of steps and small networks."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    flags = ["--pool", 8, "--batch", 2, "--crop", 64, "--unet-widths", 16, 32,
-             "--groups", 8, "--head-width", 16, "--vae-widths", 8, 8, 8, 16,
-             "--vae-groups", 4, "--vae-crop", 32, "--steps", 4, "--size", 64,
-             "--log-every", 2]
+    flags = [*SMALL, "--size", 64, "--log-every", 2]
     for name in ("vae", "prior", "estimator", "gendr", "adc", "pix"):
         flags += [f"--{name}-steps", 2]
     done = command("gendr_pix.py", "--train", "--tiny", "--run", folder, *flags)
     return folder, done
 
 
+SMALL = ("--pool", 8, "--batch", 2, "--crop", 64, "--unet-widths", 16, 32, "--groups",
+         8, "--head-width", 16, "--vae-widths", 8, 8, 8, 16, "--vae-groups", 4,
+         "--vae-crop", 32, "--steps", 4)
+
+
 def test_train_goes_through_every_stage_and_writes_every_file(finished):
     folder, done = finished
     assert done.returncode in (0, 1), done.stderr
     assert done.stdout.splitlines()[-1].startswith(("PASS", "FAIL"))
-    for name in ("vae", "resshift", "estimator", "gendr", "adc", "pix"):
+    for name in g.CHAPTERS:
         assert (folder / f"{name}.safetensors").stat().st_size > 0
         assert not (folder / f"{name}.ckpt").exists()
     stages = {line.split(",")[0] for line in
               (folder / "log.csv").read_text().splitlines()[1:]}
-    assert stages == {"vae", "resshift", "estimator", "gendr", "adc", "pix"}
+    assert stages == set(g.CHAPTERS)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["lpips"] == "LPIPS (random features)"
     assert {"bicubic", "GenDR", "GenDR-Pix"} <= set(metrics["table"])
     assert done.stdout.count("PASS") + done.stdout.count("FAIL") == 1
-    passed = all(c["floor"] for c in metrics["checks"])
+    passed = all(c["floor"] for c in metrics["checks"].values())
     assert (done.returncode == 0) == passed
-    assert Image.open(folder / "report.png").size[0] > 600
+    for name in ("report.png",):
+        array = np.array(Image.open(folder / name).convert("RGB"))
+        assert array.shape[1] > 600 and array.std() > 20     # not an empty page
 
 
 def test_loaded_weights_give_the_table_of_the_training_process(finished):
@@ -1393,59 +1422,63 @@ def test_loaded_weights_give_the_table_of_the_training_process(finished):
         assert before[name]["psnr"] == pytest.approx(after[name]["psnr"], abs=1e-4)
 
 
-def test_evaluation_on_real_pairs_measures_those_pairs(finished, tmp_path):
+def test_evaluation_on_real_pairs_measures_those_pairs_by_name(finished, tmp_path):
     folder, _ = finished
-    (tmp_path / "lq").mkdir()
-    (tmp_path / "hq").mkdir()
-    hq = Image.open(HERE / "tiny_data/val/rocket.png").crop((0, 0, 120, 100))
-    lq = hq.resize((30, 25), Image.BICUBIC)
-    hq.save(tmp_path / "hq/a.png")
-    lq.save(tmp_path / "lq/a.png")
+    for kind in ("lq", "hq"):
+        (tmp_path / kind).mkdir()
+    pictures = HERE / "tiny_data/val"
+    for name, lq_type in (("cat_eyes", "png"), ("portrait", "bmp")):
+        hq = Image.open(pictures / f"{name}.png").convert("RGB").crop((0, 0, 120, 100))
+        hq.save(tmp_path / f"hq/{name}.png")
+        hq.resize((30, 25), Image.BICUBIC).save(tmp_path / f"lq/{name}.{lq_type}")
     done = command("gendr_pix.py", "--eval", "--run", folder, "--data", tmp_path)
     assert done.returncode == 0, done.stderr
     row = next(x for x in done.stdout.splitlines() if x.startswith("bicubic")).split()
-    up = lq.resize((120, 100), Image.BICUBIC)
-    a, b = (r.to_unit(r.from_pil(p)) for p in (up, hq))
-    assert float(row[1]) == pytest.approx(r.psnr(a, b).item(), abs=0.05)
-    lq.resize((20, 20)).save(tmp_path / "lq/a.png")
+    expected = []
+    for name in ("cat_eyes", "portrait"):
+        hq = r.from_pil(Image.open(tmp_path / f"hq/{name}.png"))
+        lq = r.from_pil(Image.open(next((tmp_path / "lq").glob(f"{name}.*"))))
+        expected.append(r.psnr(*map(r.to_unit, (r.upsample(lq, 4), hq))).item())
+    assert float(row[1]) == pytest.approx(sum(expected) / 2, abs=0.01)
+    Image.new("RGB", (20, 20)).save(tmp_path / "lq/portrait.bmp")
     done = command("gendr_pix.py", "--eval", "--run", folder, "--data", tmp_path)
     assert done.returncode == 2 and "not 4 times as large" in done.stderr
+    (tmp_path / "lq/portrait.bmp").rename(tmp_path / "lq/other.bmp")
+    done = command("gendr_pix.py", "--eval", "--run", folder, "--data", tmp_path)
+    assert done.returncode == 2 and "alone: other, portrait" in done.stderr
 
 
 def test_resshift_in_pixel_space_trains_and_restores(tmp_path):
     run = ("--tiny", "--run", tmp_path / "pixel")
-    done = command("resshift.py", "--train", *run, "--space", "pixel", "--pool", 4,
-                   "--batch", 2, "--crop", 64, "--unet-widths", 16, 32, "--groups", 8,
-                   "--head-width", 16, "--vae-crop", 32, "--prior-steps", 2)
+    done = command("resshift.py", "--train", *run, "--space", "pixel", *SMALL,
+                   "--prior-steps", 2)
     assert done.returncode == 0, done.stderr
     names = {p.name for p in (tmp_path / "pixel").iterdir()}
     assert "resshift.safetensors" in names and "vae.safetensors" not in names
-    r.save_picture(photo(30), tmp_path / "lq.png")
-    done = command("resshift.py", *run, "--input", tmp_path / "lq.png", "--output",
-                   tmp_path / "up.png")
+    r.to_pil(photo(30)).save(tmp_path / "lq.png")
+    done = command("gendr_pix.py", *run, "--input", tmp_path / "lq.png", "--output",
+                   tmp_path / "up.png", "--model", "resshift")
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "up.png").size == (120, 120)
 
 
 def test_compare_trains_every_row_and_prints_one_table(tmp_path):
-    done = command("resshift.py", "--compare", "--tiny", "--run", tmp_path / "c",
-                   "--pool", 4, "--batch", 2, "--crop", 64, "--unet-widths", 16, 32,
-                   "--groups", 8, "--head-width", 16, "--vae-widths", 8, 8, 8, 16,
-                   "--vae-groups", 4, "--vae-crop", 32, "--vae-steps", 1,
-                   "--prior-steps", 1)
+    done = command("gendr_pix.py", "--compare", "--tiny", "--run", tmp_path / "c",
+                   *SMALL, "--vae-steps", 1, "--prior-steps", 1)
     assert done.returncode == 0, done.stderr
-    table = done.stdout[done.stdout.index("held-out photos"):].splitlines()
-    assert len(table) == 2 + len(r.COMPARED)
-    assert all(line.startswith(name) for line, name in zip(table[1:], r.COMPARED))
+    table = done.stdout[done.stdout.index("held-out pictures"):].splitlines()
+    assert len(table) == 2 + len(g.COMPARED)
+    assert all(line.startswith(name) for line, name in zip(table[1:], g.COMPARED))
 
 
 def test_a_picture_goes_in_and_comes_out_four_times_larger(finished, tmp_path):
     folder, _ = finished
-    lq = Image.open(HERE / "tiny_data/val/dahlia.png").resize((45, 37))
+    lq = Image.open(HERE / "tiny_data/val/dahlia.png").convert("RGB")
+    lq = lq.resize((45, 37))
     lq.putalpha(128)
     lq.save(tmp_path / "lq.png")
     done = command("gendr_pix.py", "--run", folder, "--input", tmp_path / "lq.png",
-                   "--output", tmp_path / "up.png", "--passes", 2)
+                   "--output", tmp_path / "up.png", "--passes", 2, "--guidance", 0)
     assert done.returncode == 0, done.stderr
     up = Image.open(tmp_path / "up.png")
     assert up.size == (180, 148) and up.mode == "RGBA" and up.getpixel((5, 5))[3] == 128
@@ -1457,16 +1490,42 @@ def test_a_picture_goes_in_and_comes_out_four_times_larger(finished, tmp_path):
 def test_bad_input_gets_one_line_and_exit_code_2(finished, tmp_path):
     folder, _ = finished
     (tmp_path / "bad.png").write_bytes(b"\x89PNG but not really")
-    cases = [("--run", folder, "--input", tmp_path / "bad.png"),
-             ("--run", tmp_path / "none", "--input", tmp_path / "bad.png"),
-             ("--train", "--tiny", "--run", tmp_path / "r",
-              "--train-data", tmp_path / "x"),
-             ("--input", "a.png", "--degradation", "2,1"), ("--no-such-flag",)]
-    for arguments in cases:
+    (tmp_path / "thumbs").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "thumbs/a.png")
+    train = ("--train", "--tiny", "--run", tmp_path / "r", "--train-data")
+    cases = [(("--run", folder, "--input", tmp_path / "bad.png"), "not a readable"),
+             (("--run", tmp_path / "none", "--input", "a.png"), "train first"),
+             ((*train, tmp_path / "x"), "no pictures"),
+             ((*train, tmp_path / "thumbs"), "no picture has a 128 pixel crop"),
+             (("--input", "a.png", "--degradation", "2,1"), "--degradation"),
+             (("--run", folder, "--eval", "--ranges", "mild"), "not use --ranges"),
+             (("--input", "a.png", "--scale", 2), "not use --scale"),
+             (("--train", "--tiny", "--distill", "magic"), "invalid choice"),
+             (("--no-such-flag",), "--no-such-flag"), ((), "nothing to do")]
+    for arguments, reason in cases:
         done = command("gendr_pix.py", *arguments)
         assert done.returncode == 2, done.stderr
         lines = done.stderr.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: ")
+        assert reason in lines[0], lines[0]
+    assert not (tmp_path / "r").exists()             # the corrected command will work
+
+
+def test_the_scripts_keep_their_shape():
+    """88 columns, functions of 50 lines; the budget of 2,600 lines is not met yet."""
+    for name in ("resshift.py", "gendr_pix.py"):
+        text = (HERE / name).read_text()
+        assert max(map(len, text.splitlines())) <= 88
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 50, node.name
+
+
+@pytest.mark.xfail(strict=True, reason="the budget is missed, by about 370 lines")
+def test_the_line_budget():
+    lines = [len((HERE / name).read_text().splitlines()) for name in
+             ("resshift.py", "gendr_pix.py")]
+    assert sum(lines) <= 2600 and max(lines) <= 1350
 
 
 def test_importing_does_nothing_visible(tmp_path):
@@ -1476,4 +1535,8 @@ def test_importing_does_nothing_visible(tmp_path):
 
 
 if __name__ == "__main__":
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("gloo")
     train_every_stage(sys.argv[1], int(sys.argv[2]))
+    if r.world()[1] > 1:
+        torch.distributed.destroy_process_group()
