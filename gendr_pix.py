@@ -12,6 +12,7 @@ Papers: GenDR-Pix, arXiv 2602.10630; GenDR, 2503.06790; S3Diff, 2409.17058;
     python gendr_pix.py --train --tiny              all chapters; 10 minutes, 2 cores
     python gendr_pix.py --tiny --input lq.png --output up.png
     python gendr_pix.py --tiny --eval               the table once more
+    python gendr_pix.py --compare --tiny            ResShift's kappa, p, T
     python gendr_pix.py --ablate --tiny             GenDR's variants, 3 seeds
     python gendr_pix.py --bench --full              counts, time, memory at full size
 
@@ -818,7 +819,7 @@ def all_chapters(run, pairs=None, lpips=None, held=()):
 
 
 def methods_of(m, cfg, guidance):
-    """{name: function of a `Held` pair -> picture}: every row of the first table."""
+    """{name: function of a held-out pair -> picture}: every row of the first table."""
     def autoencode(p):
         y = m["vae"].decode(m["vae"].encode(pad_to(p.hq, 8)))
         return y[:, :, :p.hq.shape[2], :p.hq.shape[3]]

@@ -60,7 +60,8 @@ TABLE = dict(
     # the chain (ResShift)
     space="latent",                      # "latent": VAE; "pixel": pixel-unshuffle
     steps=15, kappa=2.0, power=0.3,      # T; noise strength; p, the shifting speed
-    eta_1=(0.6, 0.0, 0.0),               # 0: the paper's min((0.04 / kappa)^2, 0.001)
+    eta_1=(0.6, 0.0, 0.0),               # 0: the paper's min((0.04 / kappa)^2, 0.001);
+                                         # tiny stays near the mean: README
     eta_T=0.999,
     # the networks
     unet_widths=((48, 96, 144), (128, 256, 384, 384), (320, 640, 1280, 1280)),
