@@ -1115,7 +1115,8 @@ def print_checks(rows):
     print_table("claim", {name: {"measured": f"{value:.3f} {unit:2s}", "floor": limit(
         value, floor), "bar": limit(value, bar)} for name, (value, unit, floor, bar) in
         rows.items()}, {k: (k, "") for k in ("measured", "floor", "bar")})
-    return not any(value < floor for value, _, floor, _ in rows.values())
+    return all(math.isnan(floor) or value >= floor for value, _, floor, _ in
+               rows.values())
 
 
 def draw_report(table, held, lpips, file, crop=112, rows=6):
@@ -1158,8 +1159,8 @@ def report(run, m, held, lpips, size, guidance):
         "seed": run.cfg.seed, "estimator": ranks, "lattice": lattice,
         "benchmark": bench, "table": {k: {n: v for n, v in row.items() if n !=
                                           "pictures"} for k, row in table.items()},
-        "checks": {k: {"value": v, "unit": unit, "floor": not v < floor,
-                       "bar": not v < bar} for k, (v, unit, floor, bar) in
+        "checks": {k: {"value": v, "unit": unit, "floor": math.isnan(floor) or v >= floor,
+                       "bar": v >= bar} for k, (v, unit, floor, bar) in
                    rows.items()}}, indent=1))
     draw_report(table, held, lpips, run.folder / "report.png")
     return passed
@@ -1406,7 +1407,7 @@ def main():
     if finished:
         run = Run(args["run"])
     cfg = run.cfg if run else config_from(args, **shapes_in(args.get("vae_weights")))
-    held = held_out(cfg, args.get("data"))
+    held = held_out(cfg, args.get("data", args.get("val_data")))
     pairs = None if command in ("eval", "figure") else Pairs(cfg)
     if command == "train" and cfg.space != "latent":
         raise UserError("GenDR starts in latent space: --space latent")

@@ -119,6 +119,7 @@ def preset(name):
 Config = dataclasses.make_dataclass("Config", [
     (k, type(v), v) for k, v in ((k, v[1] if isinstance(v, tuple) else v)
                                  for k, v in TABLE.items())], frozen=True)
+Config.__module__ = __name__             # so that it can be pickled, for workers
 Config.__doc__ = """Every number of both scripts, frozen; the defaults are small's."""
 
 
@@ -808,7 +809,7 @@ def chapter(run, name, build, teach=None, before=()):
         print(f"{name}: loaded")
     else:
         teach(model)
-        write_file(file, lambda path: save_weights(own, path))
+        save_weights(own, file)
         if world()[0] == 0:
             (run.folder / f"{name}.ckpt").unlink(missing_ok=True)
     return model.requires_grad_(False).eval()
@@ -1494,6 +1495,8 @@ def config_from(args, **found):
     rules = {
         "cid_t_min and cid_t_max are in 1 .. steps":
             1 <= cfg.cid_t_min <= (cfg.cid_t_max or cfg.steps) <= cfg.steps,
+        "steps is 2 or more": cfg.steps >= 2,
+        "0 <= eta_1 < eta_T < 1": 0 <= cfg.eta_1 < cfg.eta_T < 1,
         "vae_widths has four levels: f = 8": len(cfg.vae_widths) == 4,
         f"crop is a multiple of {8 * cfg.scale}": cfg.crop % (8 * cfg.scale) == 0,
         "vae_crop is a multiple of 8, at most crop":

@@ -384,7 +384,7 @@ def test_vae_starts_as_the_linear_autoencoder_and_never_samples():
 
 
 def photo(n=64):
-    picture = r.open_picture(HERE / "tiny_data/val/cat_eyes.png")
+    picture = r.open_picture(HERE / "tiny_data/val/hq/cat_eyes.png")
     return r.from_pil(picture)[:, :, :n, :n]
 
 
@@ -1426,7 +1426,7 @@ def test_evaluation_on_real_pairs_measures_those_pairs_by_name(finished, tmp_pat
     folder, _ = finished
     for kind in ("lq", "hq"):
         (tmp_path / kind).mkdir()
-    pictures = HERE / "tiny_data/val"
+    pictures = HERE / "tiny_data/val/hq"
     for name, lq_type in (("cat_eyes", "png"), ("portrait", "bmp")):
         hq = Image.open(pictures / f"{name}.png").convert("RGB").crop((0, 0, 120, 100))
         hq.save(tmp_path / f"hq/{name}.png")
@@ -1473,7 +1473,7 @@ def test_compare_trains_every_row_and_prints_one_table(tmp_path):
 
 def test_a_picture_goes_in_and_comes_out_four_times_larger(finished, tmp_path):
     folder, _ = finished
-    lq = Image.open(HERE / "tiny_data/val/dahlia.png").convert("RGB")
+    lq = Image.open(HERE / "tiny_data/val/hq/dahlia.png").convert("RGB")
     lq = lq.resize((45, 37))
     lq.putalpha(128)
     lq.save(tmp_path / "lq.png")
