@@ -1159,7 +1159,8 @@ def report(run, m, held, lpips, size, guidance):
         "seed": run.cfg.seed, "estimator": ranks, "lattice": lattice,
         "benchmark": bench, "table": {k: {n: v for n, v in row.items() if n !=
                                           "pictures"} for k, row in table.items()},
-        "checks": {k: {"value": v, "unit": unit, "floor": math.isnan(floor) or v >= floor,
+        "checks": {k: {"value": v, "unit": unit,
+                       "floor": math.isnan(floor) or v >= floor,
                        "bar": v >= bar} for k, (v, unit, floor, bar) in
                    rows.items()}}, indent=1))
     draw_report(table, held, lpips, run.folder / "report.png")

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import gendr_pix as g
 import resshift as r
@@ -677,31 +678,47 @@ def test_pairs_without_a_pool_come_from_the_loader_and_repeat(tmp_path, in_proje
         r.Pairs(dataclasses.replace(small, train_data=str(tmp_path)))
 
 
-def test_every_stage_computes_on_a_fake_gpu_alone():
-    """Fake CUDA tensors refuse to meet a tensor that was left on the CPU."""
-    from torch._subclasses import FakeTensorMode
-    cfg = dataclasses.replace(MICRO, distill="cid", lambda_cid_adv=0.1,
-                              vae_lora_rank=2, negative=0.5)
-    n, z = cfg.batch, (cfg.batch, 16, 4, 4)
-    with FakeTensorMode(), torch.device("cuda", 0):
-        m = {}
-        batch = r.Batch(**{k: torch.rand(n, 3, 32, 32) for k in (
-                            "hq", "lq_up", "y_tea")},
-                        **{k: torch.rand(*z) for k in ("z_hq", "z_lq", "z_tea")},
-                        **{k: torch.rand(n, 2) for k in ("scores", "estimate")},
-                        lq=torch.rand(n, 3, 8, 8))
-        with pytest.raises(Exception, match="device"):
-            batch.hq + torch.rand(32, device="cpu")
+def moved(module, device, **_):
+    """Module.to, which fake tensors do not support: with new parameters if it moves."""
+    for part in module.modules():
+        for own in (part._parameters, part._buffers):
+            for name, v in own.items():
+                if v is not None and v.device != device:
+                    there = v.detach().to(device)
+                    own[name] = nn.Parameter(there, v.requires_grad) if isinstance(
+                        v, nn.Parameter) else there
+    return module
+
+
+def test_every_stage_keeps_its_tensors_on_the_gpu(monkeypatch):
+    """Fake CUDA tensors, without a GPU: one that stays on the CPU raises."""
+    cuda = torch.device("cuda", 0)
+    cfg = dataclasses.replace(MICRO, distill="cid", lambda_cid_adv=0.1, vae_lora_rank=2,
+                              negative=0.5)
+    for script in (r, g):
+        monkeypatch.setattr(script, "device", lambda: cuda)
+    monkeypatch.setattr(nn.Module, "to", moved)
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self,
+                        raising=False)
+    with FakeTensorMode():
+        with pytest.raises(RuntimeError, match="at least two devices"):
+            torch.ones(2).to(cuda) + torch.ones(2)
+        m, sizes = {}, {"hq": (3, 32, 32), "lq_up": (3, 32, 32), "y_tea": (3, 32, 32),
+                        "z_hq": (16, 4, 4), "z_lq": (16, 4, 4), "z_tea": (16, 4, 4),
+                        "lq": (3, 8, 8), "scores": (2,), "estimate": (2,)}
+        batch = r.Batch(**{k: torch.rand(4, *n).to(cuda) for k, n in sizes.items()})
         for name in STAGES:
             rows = batch if name in ("adc", "pix") else None
-            m[name] = g.build(name, m, cfg, rows)
-            step, _ = {"vae": r.vae_stage, "resshift": r.prior_stage}[name](
-                m[name], cfg) if name in ("vae", "resshift") else g.stage_of(
-                    name, m[name], m, cfg, lambda a, b: (a - b).abs().mean((1, 2, 3)))
-            moves = [losses for _, losses in step(batch, r.Draws(0))]
-            assert len(moves) == {"gendr": 3, "adc": 2, "pix": 2}.get(name, 1)
-            assert all(v.device.type == "cuda" for x in moves for v in x.values())
-            m[name].requires_grad_(False)
+            model = m[name] = r.place(g.build(name, m, cfg, rows))
+            stage = {"vae": r.vae_stage, "resshift": r.prior_stage}.get(name)
+            step, rates = stage(model, cfg) if stage else g.stage_of(
+                name, model, m, cfg, lambda a, b: (a - b).abs().mean((1, 2, 3)))
+            played = list(step(batch, r.Draws(0)))
+            assert {player for player, _ in played} == set(rates)
+            for player, losses in played:
+                assert all(p.device == cuda for p in player.parameters())
+                assert all(loss.device == cuda for loss in losses.values())
+            model.requires_grad_(False)
 
 
 def test_parts_of_a_run_start_alike_and_notice_what_they_stand_on(tmp_path, in_project):
