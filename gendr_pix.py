@@ -9,14 +9,14 @@ its critic; the prior teaches GenDR, and GenDR the last two.
 Papers: GenDR-Pix, arXiv 2602.10630; GenDR, 2503.06790; S3Diff, 2409.17058;
         ResShift, 2307.12348; SiD (score identity distillation), 2404.04057.
 
-    python gendr_pix.py --train --tiny              all chapters; 10 minutes, 2 cores
+    python gendr_pix.py --train --tiny              all chapters; 16 minutes, 2 cores
     python gendr_pix.py --tiny --input lq.png --output up.png
     python gendr_pix.py --tiny --eval               the table once more
     python gendr_pix.py --compare --tiny            ResShift's kappa, p, T
     python gendr_pix.py --ablate --tiny             GenDR's variants, 3 seeds
     python gendr_pix.py --bench --full              counts, time, memory at full size
 
-The first ends in:  PASS: runs/tiny, 10.2 minutes on cpu, 2 threads, seed 0
+The first ends in:  PASS: runs/tiny, 16.4 minutes on cpu, 2 threads, seed 0
 
     restore(lq):  end_in(lq)  ->  U-Net, one step  ->  end_out
     GenDR         VAE encoder                          VAE decoder
