@@ -28,6 +28,7 @@ Symbols: B batch, C channels, H W full resolution, h w latent resolution, f = 8;
 Ranges:  images are float in [-1, 1] inside, [0, 1] in metrics, uint8 in files.
 """
 import copy
+import dataclasses
 import json
 import math
 import time
@@ -295,7 +296,8 @@ class Restorer(nn.Module):
 
 def share_copy(module):
     """A copy of a module tree around the same parameter tensors: no second weights."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(),
+                                                     *module.buffers())})
 
 
 @torch.no_grad()
@@ -766,11 +768,9 @@ def stage_of(name, model, m, cfg, lpips=None):
 
 
 def fill(pairs, name, m):
-    """Let batches have what a finished chapter teaches the next ones."""
-    if name == "vae":
-        pairs.add("z_hq", lambda batch: m["vae"].encode(batch.hq))
-        pairs.add("z_lq", lambda batch: m["vae"].encode(batch.lq_up))
-    elif name == "estimator":
+    """Let batches have what a finished chapter teaches the next ones (the VAE's share:
+    `chapter_end`)."""
+    if name == "estimator":
         pairs.add("estimate", lambda batch: m["estimator"](batch.lq))
     elif name == "gendr":
         pairs.add("z_tea", lambda batch: m["gendr"].latent(batch))
@@ -1079,7 +1079,7 @@ def checks(t, bench, lattice):
     all limits are lower limits, nan asks for nothing.
 
     GenDR-Pix prints 2.8x and 60 % for PadCFG against GenDR, which is guided too; here
-    both are asked like for like, with guidance (a bar) and without (also a floor).
+    both are asked like for like, guided and not.  No floor hangs on the clock.
     """
     nan, better = math.nan, 1e-9         # "better" is strictly more than 0
 
@@ -1132,11 +1132,12 @@ def draw_report(table, held, lpips, file, crop=112, rows=6):
             return x[:, :, top:top + crop, left:left + crop]
         lq = F.interpolate(pair.lq, pair.hq.shape[2:])
         show(line[0], cut(lq), "" if i else "LQ", pair.name)
-        show(line[-1], cut(pair.hq), "" if i else "HQ", f"PSNR / {lpips.name}")
+        show(line[-1], cut(pair.hq), "" if i else "HQ")
         for axis, name in zip(line[1:], columns):
             each = table[name]["each"][i]
             show(axis, cut(table[name]["pictures"][i]), "" if i else name,
                  f"{each['psnr']:.2f} / {each['lpips']:.3f}")
+    figure.suptitle(f"held-out pictures: PSNR (dB) / {lpips.name}")
     write_file(file, lambda path: figure.savefig(path, format="png"))
 
 
@@ -1218,7 +1219,7 @@ def draw_scores(m, pair, cfg, file, crop=160):
 
 
 # ---- 12. Rows that differ in Config alone (skim) -- comparison and ablation ----------
-PAPERS = dict(eta_1=0.0, eta_T=0.999)    # the schedule of all rows, whatever the run's
+PAPER_SCHEDULE = dict(eta_1=0.0, eta_T=0.999)     # of all rows, whatever the run's
 COMPARED = {                             # chapter 1: noise, shifting speed, T
     "kappa 2, p 0.3 (paper)": {},
     "weaker noise, kappa 0.5": dict(kappa=0.5),
@@ -1275,24 +1276,22 @@ def compare_priors(run, pairs, held, lpips):
     def method_of(part):
         prior = chapter_prior(part, pairs)
         return lambda p: sample(prior, end, p.lq, part.cfg.scale)
-    rows = {k: PAPERS | v for k, v in COMPARED.items()}
+    rows = {k: PAPER_SCHEDULE | v for k, v in COMPARED.items()}
     return compare(run, rows, ["vae"], method_of, held, lpips, seeds=1)
 
 
-def ablate(run, m, pairs, held, lpips, steps=None, seeds=3):
+def ablate(run, estimator, pairs, held, lpips, steps=None, seeds=3):
     """--ablate: ABLATED, on a finished run's VAE and estimator, and on a prior of the
     paper's schedule: only one that looks at x_t has scores to distil."""
-    for name in CHAPTERS[:3]:
-        fill(pairs, name, m)
-    first = run.part("rows/prior", ["vae"], **PAPERS)
-    m = {"vae": m["vae"], "resshift": chapter_prior(first, pairs),
-         "estimator": m["estimator"]}
+    m = {"vae": chapter_end(run, pairs), "resshift": chapter_prior(run.part(
+        "rows/prior", ["vae"], **PAPER_SCHEDULE), pairs), "estimator": estimator}
+    fill(pairs, "estimator", m)
 
     def method_of(part):
         model = next_chapter(part, "gendr", m, pairs)
         return lambda p: restore(model, m["estimator"], p.lq, part.cfg.scale)
-    rows = {k: PAPERS | dict(gendr_steps=steps or run.cfg.ablate_steps) | v
-            for k, v in ABLATED.items()}
+    budget = PAPER_SCHEDULE | dict(gendr_steps=steps or run.cfg.ablate_steps)
+    rows = {k: budget | v for k, v in ABLATED.items()}
     stands_on = ("vae", "estimator", "rows/prior/resshift")
     return compare(run, rows, stands_on, method_of, held, lpips, seeds)
 
@@ -1321,16 +1320,23 @@ def restore_file(args):
     picture = open_picture(args["input"])
     lq = from_pil(picture).to(device())
     alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
-    if args.get("model") == "resshift":
+    name = args.get("model", "pix")
+    unread = {"guidance"} if args.get("passes") == 1 else set()
+    if name == "resshift":
+        unread = {"passes", "guidance", "tile", "degradation", "compile"}
+    if unread & set(args):
+        raise UserError("one pass, or --model resshift, does not use "
+                        + ", ".join(f"--{k}" for k in sorted(unread & set(args))))
+    if name == "resshift":
         y = sample(chapter_prior(run), chapter_end(run), lq, run.cfg.scale)
     else:
         m = all_chapters(run)
         if "compile" in args:
-            m["pix"].unet.compile()
+            m[name].unet.compile()
         two = args.get("passes", 2 if "guidance" in args else 1) == 2
         weight = args.get("guidance", run.cfg.guidance) if two else 1.0
         scores = args.get("degradation")
-        y = restore(m["pix"], m["estimator"], lq, run.cfg.scale, weight, args.get(
+        y = restore(m[name], m["estimator"], lq, run.cfg.scale, weight, args.get(
             "tile", 0), scores if scores is None else scores.to(device()))
     save_picture(y, output, alpha)
     print(f"{output}: {y.shape[3]}x{y.shape[2]}")
@@ -1382,14 +1388,15 @@ COMMANDS = {                             # name: (argparse, the flags that it re
     "ablate": (dict(action="store_true", help="GenDR's variants, on a finished run"),
                ("ablate_steps",)),
     "compare": (dict(action="store_true", help="ResShift's T, kappa, p in one table"),
-                TABLE),
-    "figure": (dict(action="store_true", help="RUN/chain.png, and of a finished run "
-                    "RUN/scores.png, a photo along a grid of scores"), ("val_data",)),
+                set(TABLE) - {"unet_weights", "vae_weights"}),
+    "figure": (dict(action="store_true", help="of a finished run: RUN/chain.png and "
+                    "RUN/scores.png, a photo along a grid of scores"), (
+                    "val_data", "steps", "kappa", "power", "eta_1", "eta_T")),
     "input": (dict(help="a picture to restore"), (
         "output", "model", "passes", "guidance", "tile", "degradation", "compile"))}
 FLAGS = {
     "output": dict(help="--input: where to write it; up.png if left out"),
-    "model": dict(choices=("pix", "resshift"), help="--input: pix if left out"),
+    "model": dict(choices=("resshift", *NAMES), help="--input: pix if left out"),
     "passes": dict(type=int, choices=(1, 2), help="--input: 2 is PadCFG"),
     "tile": dict(type=int, help="--input: in squares of this many output pixels"),
     "degradation": dict(type=score_pair, metavar="BLUR,NOISE",
@@ -1417,13 +1424,16 @@ def main():
     if pairs:
         pairs.fill()
     if command == "compare":
-        return compare_priors(run, pairs, held, lpips) and 0
+        compare_priors(run, pairs, held, lpips)
+        return 0
     m = all_chapters(run, None if finished else pairs, lpips, held)
     if command == "figure":
-        draw_chain(held[-1], cfg, run.folder / "chain.png")
+        shown = dataclasses.replace(cfg, **{k: args[k] for k in TABLE if k in args})
+        draw_chain(held[-1], shown, run.folder / "chain.png")
         return draw_scores(m, held[-1], cfg, run.folder / "scores.png")
     if command == "ablate":
-        return ablate(run, m, pairs, held, lpips, args.get("ablate_steps")) and 0
+        ablate(run, m["estimator"], pairs, held, lpips, args.get("ablate_steps"))
+        return 0
     if world()[0] > 0:                                         # rank 0 evaluates
         return 0
     guidance = args.get("guidance", cfg.guidance)

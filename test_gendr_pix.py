@@ -1356,14 +1356,15 @@ def test_ablation_trains_every_row_and_goes_on_where_it_stopped(tmp_path, in_pro
     held = [r.SimpleNamespace(hq=hq, lq=r.degrade(hq, MICRO, rng())[0], name="a")]
     lpips = r.Perceptual("alex")
     monkeypatch.setattr(r.Run, "lock", lambda self: None)    # parts twice in a process
-    table = g.ablate(run, m, pairs, held, lpips, steps=1, seeds=2)
+    estimator = m["estimator"]
+    table = g.ablate(run, estimator, pairs, held, lpips, steps=1, seeds=2)
     assert list(table) == list(g.ABLATED) and all(len(v) == 2 for v in table.values())
     start, plain = (table[k] for k in list(table)[:2])
     assert start[0]["psnr"] == start[1]["psnr"]              # no steps: no seed in it
     assert plain[0]["psnr"] != start[0]["psnr"]
     assert json.loads((run.folder / "rows.json").read_text()) == table
     monkeypatch.setattr(g, "train", None)                    # nothing is left to train
-    again = g.ablate(run, m, pairs, held, lpips, steps=1, seeds=2)
+    again = g.ablate(run, estimator, pairs, held, lpips, steps=1, seeds=2)
     assert all(a["psnr"] == b["psnr"] for k in table for a, b in
                zip(table[k], again[k]))
     printed = capsys.readouterr().out
@@ -1517,6 +1518,9 @@ def test_bad_input_gets_one_line_and_exit_code_2(finished, tmp_path):
              (("--input", "a.png", "--degradation", "2,1"), "--degradation"),
              (("--run", folder, "--eval", "--ranges", "mild"), "not use --ranges"),
              (("--input", "a.png", "--scale", 2), "not use --scale"),
+             (("--run", folder, "--input", HERE / "tiny_data/val/lq/rocket.png",
+               "--output", tmp_path / "up.png", "--passes", 1, "--guidance", 2),
+              "does not use --guidance"),
              (("--train", "--tiny", "--distill", "magic"), "invalid choice"),
              (("--no-such-flag",), "--no-such-flag"), ((), "nothing to do")]
     for arguments, reason in cases:
@@ -1538,7 +1542,7 @@ def test_the_scripts_keep_their_shape():
                 assert node.end_lineno - node.lineno < 50, node.name
 
 
-@pytest.mark.xfail(strict=True, reason="the budget is missed, by about 370 lines")
+@pytest.mark.xfail(strict=True, reason="the budget is missed, by about 400 lines")
 def test_the_line_budget():
     lines = [len((HERE / name).read_text().splitlines()) for name in
              ("resshift.py", "gendr_pix.py")]
