@@ -16,8 +16,6 @@ Papers: GenDR-Pix, arXiv 2602.10630; GenDR, 2503.06790; S3Diff, 2409.17058;
     python gendr_pix.py --ablate --tiny             GenDR's variants, 3 seeds
     python gendr_pix.py --bench --full              counts, time, memory at full size
 
-The first ends in:  PASS: runs/tiny, 16.4 minutes on cpu, 2 threads, seed 0
-
     restore(lq):  end_in(lq)  ->  U-Net, one step  ->  end_out
     GenDR         VAE encoder                          VAE decoder
     GenDR-Adc     pixel-unshuffle x8                   VAE decoder
@@ -28,7 +26,6 @@ Symbols: B batch, C channels, H W full resolution, h w latent resolution, f = 8;
 Ranges:  images are float in [-1, 1] inside, [0, 1] in metrics, uint8 in files.
 """
 import copy
-import dataclasses
 import json
 import math
 import time
@@ -46,12 +43,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from resshift import (
-    NEGATIVE, POSITIVE, TABLE, VAE, Pairs, Perceptual, PixelShuffle, Prompts,
+    NEGATIVE, POSITIVE, QUALITY, TABLE, VAE, Pairs, Perceptual, PixelShuffle, Prompts,
     ResidualShift, ResShift, Run, UserError, autocast, chapter, chapter_end,
     chapter_prior, command_line, command_of, config_from, degrade, device, evaluate,
-    fit_weights, from_pil, held_out, negatives, noise_like, open_picture, pad_to, place,
-    print_table, quality, read_weights, sample, to_pil, train, upsample, world,
-    write_file)
+    from_pil, held_out, negatives, noise_like, open_picture, pad_to, print_table,
+    sample, to_pil, train, upsample, world, write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
 class DegradationEstimator(nn.Module):
@@ -296,8 +292,8 @@ class Restorer(nn.Module):
 
 def share_copy(module):
     """A copy of a module tree around the same parameter tensors: no second weights."""
-    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(),
-                                                     *module.buffers())})
+    kept = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(t): t for t in kept})
 
 
 @torch.no_grad()
@@ -340,29 +336,22 @@ def gendr_from_prior(prior, vae, cfg):
     return model
 
 
-def least_squares(x, y, ridge=1e-4):
-    """The linear map (weight, bias) with || x weight + bias - y ||^2 + ridge least.
+@torch.no_grad()
+def fit_conv(conv, x, y, ridge=1e-4):
+    """Set a stride-1 convolution to the least-squares map from x to y: (B, ., h, w).
 
-    Normal equations in float64: x (N, P), y (N, Q) -> (P, Q), (Q,).  The ridge is
-    relative to the mean variance of x's columns.
+    Normal equations in float64; the ridge is relative to the patches' mean variance.
     """
-    x, y = x.double(), y.double()
+    k = conv.kernel_size[0]
+    x = rearrange(F.unfold(x, k, padding=k // 2), "b c n -> (b n) c").double()
+    y = rearrange(y, "b c h w -> (b h w) c").double()
     mx, my = x.mean(0), y.mean(0)
     x, y = x - mx, y - my
     gram = x.T @ x
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     weight = torch.linalg.solve(gram, x.T @ y)
-    return weight, my - mx @ weight
-
-
-@torch.no_grad()
-def fit_conv(conv, x, y):
-    """Set a stride-1 convolution so that conv(x) is nearest to y: x, y (B, ., h, w)."""
-    k = conv.kernel_size[0]
-    patches = rearrange(F.unfold(x, k, padding=k // 2), "b c n -> (b n) c")
-    weight, bias = least_squares(patches, rearrange(y, "b c h w -> (b h w) c"))
     conv.weight.copy_(weight.T.reshape(conv.weight.shape))
-    conv.bias.copy_(bias)
+    conv.bias.copy_(my - mx @ weight)
 
 
 def new_conv(old, in_channels=None, out_channels=None):
@@ -767,16 +756,6 @@ def stage_of(name, model, m, cfg, lpips=None):
             "pix": lambda: pix_stage(m["adc"], model, lpips, cfg)}[name]()
 
 
-def fill(pairs, name, m):
-    """Let batches have what a finished chapter teaches the next ones (the VAE's share:
-    `chapter_end`)."""
-    if name == "estimator":
-        pairs.add("estimate", lambda batch: m["estimator"](batch.lq))
-    elif name == "gendr":
-        pairs.add("z_tea", lambda batch: m["gendr"].latent(batch))
-        pairs.add("y_tea", lambda batch: m["vae"].decode(batch.z_tea))
-
-
 def next_chapter(run, name, m, pairs=None, lpips=None, watch=None):
     """The model of chapter `name`: loaded, or with `pairs` trained if it is missing."""
     def teach(model):
@@ -794,27 +773,20 @@ def all_chapters(run, pairs=None, lpips=None, held=()):
     Score and adversarial losses need not fall while the pictures get better, so every
     chapter is watched by PSNR and LPIPS on held-out pictures, beside bicubic's.
     """
-    cfg, m = run.cfg, {}
-
     def watch(model):
-        methods = {"bicubic": lambda p: upsample(p.lq, cfg.scale),
-                   "val": lambda p: restore(model, m["estimator"], p.lq, cfg.scale)}
+        methods = {"bicubic": lambda p: upsample(p.lq, run.cfg.scale),
+                   "val": lambda p: restore(model, m["estimator"], p.lq, run.cfg.scale)}
         return {f"{name} {k}": row[k] for name, row in
                 evaluate(methods, held, lpips).items() for k in ("psnr", "lpips")}
-
-    def vae_weights(vae):
-        state = read_autoencoder(cfg.vae_weights) | {"scale": vae.scale}
-        fit_weights(vae.state_dict(), state, cfg.vae_weights)
-
-    def unet_weights(prior):
-        start_from_stable_diffusion(prior, cfg.unet_weights, pairs.some(256).z_hq)
-    m["vae"] = chapter_end(run, pairs, cfg.vae_weights and vae_weights)
-    m["resshift"] = chapter_prior(run, pairs, cfg.unet_weights and unet_weights)
+    m = {"vae": chapter_end(run, pairs), "resshift": chapter_prior(run, pairs)}
     for name in CHAPTERS[2:]:
         watching = watch if held and name != "estimator" else None
         m[name] = next_chapter(run, name, m, pairs, lpips, watching)
-        if pairs:
-            fill(pairs, name, m)
+        if pairs and name == "estimator":                      # what it teaches others
+            pairs.add("estimate", lambda batch: m["estimator"](batch.lq))
+        elif pairs and name == "gendr":
+            pairs.add("z_tea", lambda batch: m["gendr"].latent(batch))
+            pairs.add("y_tea", lambda batch: m["vae"].decode(batch.z_tea))
     return m
 
 
@@ -833,69 +805,7 @@ def methods_of(m, cfg, guidance):
             "GenDR-Pix PadCFG": one(m["pix"], guidance)}
 
 
-# ---- 9. Real weights (skim) -- Stable Diffusion's, under diffusers' names ------------
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def read_autoencoder(path):
-    """An AutoencoderKL's state under today's names of diffusers."""
-    return {".".join(OLD_NAMES.get(part, part) for part in k.split(".")): v.float()
-            for k, v in read_weights(path).items()}
-
-
-def shapes_in(path):
-    """{setting: value}: widths, blocks and latent channels of an AutoencoderKL's file.
-
-    No shape tells the number of GroupNorm's groups: it is 32, diffusers' default.
-    """
-    state = read_autoencoder(path) if path else {}
-    widths = [state.get(f"encoder.down_blocks.{i}.resnets.0.conv1.weight") for i in
-              range(4)] + [state.get("decoder.conv_in.weight")]
-    if path and any(w is None for w in widths):
-        raise UserError(f"{path}: not an f = 8 AutoencoderKL")
-    blocks = sum(k.startswith("encoder.down_blocks.0.") and k.endswith(".conv1.weight")
-                 for k in state)
-    return {} if not path else {
-        "vae_skip": False, "vae_groups": 32, "vae_blocks": blocks,
-        "vae_widths": tuple(len(w) for w in widths[:4]),
-        "latent_channels": widths[4].shape[1]}
-
-
-@torch.no_grad()
-def start_from_stable_diffusion(prior, path, z_hq):
-    """Start the prior from a UNet2DConditionModel's weights (.safetensors).
-
-    Every key but conv_in and conv_out must fit.  Those two have k channels in the file
-    and C here.  With P the k principal axes of HQ latents z_hq (n, C, h, w):
-    conv_in'(y0) = conv_in(P (y0 - mean)) on y0's half of the input, and conv_out' =
-    mean + P^+ conv_out.  P keeps most of our latents' variance; nothing says that its
-    axes are Stable Diffusion's channels: training must make up for that.  For k = C
-    both are taken as they are.  Not in the paper.  SD predicts noise (or v).
-    """
-    unet, state = prior.unet, {k: v.float() for k, v in read_weights(path).items()}
-    names = [f"conv_{end}.{kind}" for end in ("in", "out") for kind in
-             ("weight", "bias")]
-    if any(name not in state for name in names):
-        raise UserError(f"{path}: no conv_in and conv_out: not a UNet2DConditionModel")
-    w_in, b_in, w_out, b_out = (state.pop(name).to(device()) for name in names)
-    fit_weights({k: v for k, v in unet.state_dict().items() if k not in names}, state,
-                path)
-    z = rearrange(z_hq, "b c h w -> (b h w) c")
-    k, c = w_in.shape[1], z.shape[1]
-    mean, down, up = 0 * z[0], torch.eye(c).to(z), torch.eye(c).to(z)
-    if k != c:
-        mean, (variance, axes) = z.mean(0), torch.linalg.eigh(torch.cov(z.T))
-        std, axes = variance[-k:].sqrt(), axes[:, -k:]         # (k,), (C, k)
-        down, up = (axes / std).T, axes * std                  # P and its inverse
-        print(f"resshift: {path}: {k} channels replaced by {c} along principal axes")
-    unet.conv_in.weight[:, :c] = 0
-    unet.conv_in.weight[:, c:] = torch.einsum("okxy,kc->ocxy", w_in, down)
-    unet.conv_in.bias.copy_(b_in - torch.einsum("okxy,kc,c->o", w_in, down, mean))
-    unet.conv_out.weight.copy_(torch.einsum("ck,kixy->cixy", up, w_out))
-    unet.conv_out.bias.copy_(up @ b_out + mean)
-
-
-# ---- 10. Time, memory, operations (skim) ---------------------------------------------
+# ---- 9. Time, memory, operations (skim) ---------------------------------------------
 class LiveBytes(TorchDispatchMode):
     """Peak bytes of tensors alive at once that were made inside the `with` block.
 
@@ -944,12 +854,9 @@ def measure(function, cfg, repeats=5, budget=20.0):
         if cuda:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
+        with LiveBytes() as live:
             function()
-            peak = torch.cuda.max_memory_allocated() - before
-        else:
-            with LiveBytes() as live:
-                function()
-            peak = live.peak
+    peak = torch.cuda.max_memory_allocated() - before if cuda else live.peak
     return 1000 * sorted(seconds)[len(seconds) // 2], peak
 
 
@@ -966,22 +873,9 @@ def macs(function, attention=True):
                ) // 2
 
 
-def parameters_used(model, x):
-    """How many parameters a folded forward pass touches: LoRA's own do not count."""
-    used = {}
-
-    def note(module, *_):
-        used.update({id(p): p.numel() for p in module.parameters(recurse=False)})
-    hooks = [module.register_forward_hook(note) for module in model.modules()]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-    return sum(used.values())
-
-
 def parts_of(model, size):
-    """{"in", "U-Net", "out": function of nothing} of one folded pass; size: (H, W)."""
-    x = torch.zeros(1, 3, *size, device=device())
+    """{"in", "U-Net", "out": function of nothing} of one folded pass on size^2."""
+    x = torch.zeros(1, 3, size, size, device=device())
     h = model.end_in.encode(x)
     z = model.step(h)
     return {"in": lambda: model.end_in.encode(x), "U-Net": lambda: model.step(h),
@@ -995,7 +889,7 @@ def untrained(cfg):
     """
     m = {}
     for name in CHAPTERS:
-        m[name] = place(build(name, m, cfg)).requires_grad_(False).eval()
+        m[name] = build(name, m, cfg).to(device()).requires_grad_(False).eval()
     return {name: m[name] for name in NAMES}
 
 
@@ -1004,31 +898,35 @@ def counts(cfg, size):
     """{model: {"parameters", "one", "two"}}: G MACs of one pass and with guidance.
 
     Convolutions and linear layers of the U-Net, and everything in the VAE, with the
-    attention in its middle; PadCFG's passes are 8 pixels larger each way.
+    attention in its middle; PadCFG's passes are 8 pixels larger each way.  Parameters
+    are those that a folded pass touches: LoRA's own do not count.
     """
-    rows = {}
+    rows, used = {}, {}
+
+    def note(module, *_):
+        used.update({p: p.numel() for p in module.parameters(recurse=False)})
     with torch.device("meta"):
         for name, model in untrained(cfg).items():
             def count(size):
                 return {k: macs(f, attention=k != "U-Net") / 1e9 for k, f in
                         parts_of(model, size).items()}
             with folded(model, torch.zeros(1, 2)):
-                one, larger = count(size), count([n + 8 for n in size])
-                used = parameters_used(model, torch.zeros(1, 3, *size))
+                one, larger = count(size), count(size + 8)
+                used.clear()
+                with nn.modules.module.register_module_forward_hook(note):
+                    model(torch.zeros(1, 3, size, size))
             two = 2 * sum(larger.values()) if name == "pix" else sum(
                 one.values()) + one["U-Net"]
-            rows[NAMES[name]] = {"parameters": used / 1e6, "one": sum(one.values()),
-                                 "two": two}
+            rows[NAMES[name]] = {"parameters": sum(used.values()) / 1e6, "two": two,
+                                 "one": sum(one.values())}
     return rows
 
 
 @torch.no_grad()
 def benchmark(models, size):
-    """{row: {"ms", "MB", "faster", "memory", "share"}} of one pass; size: (H, W).
-
-    A row for one pass, folded, for two (guided), and for one with LoRA unfolded.
-    """
-    x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    """Print and return {row: {"ms", "MB", "faster", "memory", "share"}} at size^2:
+    a row for one pass, folded, for two (guided), and for one unfolded."""
+    x = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     x, scores, rows = (2 * x - 1).to(device()), torch.zeros(1, 2, device=device()), {}
     for name, model in models.items():
         cfg = model.unet.cfg
@@ -1043,24 +941,18 @@ def benchmark(models, size):
             base = rows["GenDR" + suffix]
             row |= {"faster": base["ms"] / ms, "memory": row["MB"] / base["MB"] - 1}
         rows[NAMES[name]]["share"] = " / ".join(f"{p / sum(parts):.0%}" for p in parts)
-    return rows
-
-
-def print_benchmark(rows, size):
-    """The table of `benchmark`."""
-    print_table(f"{size[1]}x{size[0]}, {device()}, {torch.get_num_threads()} threads",
+    print_table(f"{size}x{size}, {device()}, {torch.get_num_threads()} threads",
                 rows, {"ms": ("ms", ".1f"), "MB": ("peak MB", ".1f"),
                        "faster": ("faster", ".2f"), "memory": ("memory", "+.0%"),
                        "share": ("in / U-Net / out", "")})
+    return rows
 
 
-# ---- 11. Evaluation and report (skim) ------------------------------------------------
+# ---- 10. Evaluation and report (skim) ------------------------------------------------
 @torch.no_grad()
 def rank_correlations(estimator, held, cfg, draws=24):
-    """{"blur", "noise"}: Spearman's, estimate against truth, on new degradations.
-
-    Every held-out photo is degraded `draws` times with seeds of their own.
-    """
+    """{"blur", "noise"}: Spearman's, estimate against truth, on `draws` new
+    degradations of every held-out photo, with seeds of their own."""
     found = [degrade(held[i % len(held)].hq, cfg, torch.Generator().manual_seed(
         20_000 + i)) for i in range(draws * len(held))]
     guess = torch.cat([estimator(lq.to(device())).cpu() for lq, _ in found])
@@ -1081,42 +973,60 @@ def checks(t, bench, lattice):
     GenDR-Pix prints 2.8x and 60 % for PadCFG against GenDR, which is guided too; here
     both are asked like for like, guided and not.  No floor hangs on the clock.
     """
-    nan, better = math.nan, 1e-9         # "better" is strictly more than 0
-
-    def versus(name, base, *limits):
-        return {f"{name}, PSNR over {base}": (t[name]["psnr"] - t[base]["psnr"], "dB",
-                                              *limits)}
-
-    def lpips(name, base, *limits):
-        return {f"{name}, LPIPS lower than {base} by": (
-            100 * (1 - t[name]["lpips"] / t[base]["lpips"]), "%", *limits)}
+    nan, more = math.nan, 1e-9           # more: strictly more than 0
     rows = {"VAE reconstruction": (t["VAE"]["psnr"], "dB", 28, 30)}
-    rows |= versus("ResShift", "bicubic", better, better)
-    rows |= lpips("ResShift", "bicubic", nan, better)
-    rows |= versus("GenDR", "bicubic", 0.3, 0.7)
-    rows |= lpips("GenDR", "bicubic", better, better)
-    for name in ("GenDR-Adc", "GenDR-Pix"):
-        rows |= versus(name, "bicubic", better, better)
-        rows |= versus(name, "GenDR", -0.3, -0.3) | lpips(name, "GenDR", nan, -5)
+    for name, base, psnr, lpips in (
+            ("ResShift", "bicubic", (more, more), (nan, more)),
+            ("GenDR", "bicubic", (0.3, 0.7), (more, more)),
+            ("GenDR-Adc", "bicubic", (more, more), (nan, nan)),
+            ("GenDR-Adc", "GenDR", (-0.3, -0.3), (nan, -5)),
+            ("GenDR-Pix", "bicubic", (more, more), (nan, nan)),
+            ("GenDR-Pix", "GenDR", (-0.3, -0.3), (nan, -5))):
+        rows[f"{name}, PSNR over {base}"] = (t[name]["psnr"] - t[base]["psnr"], "dB",
+                                             *psnr)
+        rows[f"{name}, LPIPS lower than {base} by"] = (
+            100 * (1 - t[name]["lpips"] / t[base]["lpips"]), "%", *lpips)
     for suffix in ("", " guided"):
         row = bench["GenDR-Pix" + suffix]
         rows[f"Pix{suffix} faster than GenDR{suffix}"] = (row["faster"], "x", nan, 2.8)
         rows[f"Pix{suffix} peak memory below GenDR{suffix}"] = (
             -100 * row["memory"], "%", nan if suffix else 60, 60)
-    rows["8x8 lattice energy, HQ over Pix"] = (lattice["HQ"] / lattice["Pix"], "x", nan,
-                                               1)
-    return rows
+    return rows | {"8x8 lattice energy, HQ over Pix": (
+        lattice["HQ"] / lattice["Pix"], "x", nan, 1)}
 
 
-def print_checks(rows):
-    """Every row with its number, its floor and its bar; True if all floors hold."""
-    def limit(value, x):
-        return "" if math.isnan(x) else f">= {x:.1f} {'ok' if value >= x else 'MISSED'}"
-    print_table("claim", {name: {"measured": f"{value:.3f} {unit:2s}", "floor": limit(
-        value, floor), "bar": limit(value, bar)} for name, (value, unit, floor, bar) in
-        rows.items()}, {k: (k, "") for k in ("measured", "floor", "bar")})
-    return all(math.isnan(floor) or value >= floor for value, _, floor, _ in
-               rows.values())
+def report(run, m, held, lpips, size, guidance):
+    """Evaluate, measure, draw; write metrics.json and report.png; True if PASS."""
+    table = evaluate(methods_of(m, run.cfg, guidance), held, lpips)
+    print_table(f"held-out pictures; {lpips.name}", table, QUALITY)
+    ranks = rank_correlations(m["estimator"], held, run.cfg)
+    print("\nestimator, rank correlation with the truth: "
+          + ", ".join(f"{k} {v:.2f}" for k, v in ranks.items()))
+    bench = benchmark({name: m[name] for name in NAMES}, size)
+    lattice = {"HQ": [lattice_energy(p.hq) for p in held],
+               "Pix": [lattice_energy(y) for y in table["GenDR-Pix"]["pictures"]]}
+    lattice = {k: torch.cat(v).mean().item() for k, v in lattice.items()}
+    rows = {k: {"value": v, "unit": unit, "floor": math.isnan(floor) or v >= floor,
+                "bar": math.isnan(bar) or v >= bar, "limits": (floor, bar)} for
+            k, (v, unit, floor, bar) in checks(table, bench, lattice).items()}
+
+    def limit(row, i, name):
+        x = row["limits"][i]
+        said = "ok" if row[name] else "MISSED"
+        return "" if math.isnan(x) else f">= {x:.1f} {said}"
+    print_table("claim", {k: {
+        "measured": f"{row['value']:.3f} {row['unit']:2s}", "floor": limit(
+            row, 0, "floor"), "bar": limit(row, 1, "bar")} for k, row in rows.items()},
+        {k: (k, "") for k in ("measured", "floor", "bar")})
+    write_file(run.folder / "metrics.json", json.dumps({
+        "lpips": lpips.name, "device": str(device()), "torch": torch.__version__,
+        "seed": run.cfg.seed, "estimator": ranks, "lattice": lattice,
+        "benchmark": bench, "table": {k: {n: v for n, v in row.items() if n !=
+                                          "pictures"} for k, row in table.items()},
+        "checks": {k: {n: row[n] for n in ("value", "unit", "floor", "bar")} for k, row
+                   in rows.items()}}, indent=1))
+    draw_report(table, held, lpips, run.folder / "report.png")
+    return all(row["floor"] for row in rows.values())
 
 
 def draw_report(table, held, lpips, file, crop=112, rows=6):
@@ -1139,33 +1049,6 @@ def draw_report(table, held, lpips, file, crop=112, rows=6):
                  f"{each['psnr']:.2f} / {each['lpips']:.3f}")
     figure.suptitle(f"held-out pictures: PSNR (dB) / {lpips.name}")
     write_file(file, lambda path: figure.savefig(path, format="png"))
-
-
-def report(run, m, held, lpips, size, guidance):
-    """Evaluate, measure, draw; write metrics.json and report.png; True if PASS."""
-    table = evaluate(methods_of(m, run.cfg, guidance), held, lpips)
-    print_table("held-out pictures, mean", table, quality(lpips))
-    ranks = rank_correlations(m["estimator"], held, run.cfg)
-    print("\nestimator, rank correlation with the truth: "
-          + ", ".join(f"{k} {v:.2f}" for k, v in ranks.items()))
-    bench = benchmark({name: m[name] for name in NAMES}, size)
-    print_benchmark(bench, size)
-    lattice = {"HQ": [lattice_energy(p.hq) for p in held],
-               "Pix": [lattice_energy(y) for y in table["GenDR-Pix"]["pictures"]]}
-    lattice = {k: torch.cat(v).mean().item() for k, v in lattice.items()}
-    rows = checks(table, bench, lattice)
-    passed = print_checks(rows)
-    write_file(run.folder / "metrics.json", json.dumps({
-        "lpips": lpips.name, "device": str(device()), "torch": torch.__version__,
-        "seed": run.cfg.seed, "estimator": ranks, "lattice": lattice,
-        "benchmark": bench, "table": {k: {n: v for n, v in row.items() if n !=
-                                          "pictures"} for k, row in table.items()},
-        "checks": {k: {"value": v, "unit": unit,
-                       "floor": math.isnan(floor) or v >= floor,
-                       "bar": v >= bar} for k, (v, unit, floor, bar) in
-                   rows.items()}}, indent=1))
-    draw_report(table, held, lpips, run.folder / "report.png")
-    return passed
 
 
 def show(axis, picture, title="", below=""):
@@ -1201,24 +1084,7 @@ def draw_chain(pair, cfg, file):
     write_file(file, lambda path: page.savefig(path, format="png"))
 
 
-def draw_scores(m, pair, cfg, file, crop=160):
-    """One photo restored along a grid of scores: blur to the right, noise downwards."""
-    from matplotlib.figure import Figure
-    values = (0.0, 0.33, 0.67, 1.0)
-    figure = Figure(figsize=(11, 11), dpi=80, layout="constrained")
-    top, left = (max(0, n - crop) // 2 for n in pair.hq.shape[2:])
-    for row, noise in zip(figure.subplots(4, 4), values):
-        for axis, width in zip(row, values):
-            y = restore(m["pix"], m["estimator"], pair.lq, cfg.scale,
-                        scores=torch.tensor([[width, noise]], device=device()))
-            show(axis, y[:, :, top:top + crop, left:left + crop],
-                 f"blur {width}, noise {noise}")
-    guess = m["estimator"](pair.lq)[0].tolist()
-    figure.suptitle(f"{pair.name}; the estimator says {guess[0]:.2f}, {guess[1]:.2f}")
-    write_file(file, lambda path: figure.savefig(path, format="png"))
-
-
-# ---- 12. Rows that differ in Config alone (skim) -- comparison and ablation ----------
+# ---- 11. Rows that differ in Config alone (skim) -- comparison and ablation ----------
 PAPER_SCHEDULE = dict(eta_1=0.0, eta_T=0.999)     # of all rows, whatever the run's
 COMPARED = {                             # chapter 1: noise, shifting speed, T
     "kappa 2, p 0.3 (paper)": {},
@@ -1250,21 +1116,21 @@ def compare(run, rows, stands_on, method_of, held, lpips, seeds):
     stands_on: the chapters of `run` under them; method_of(part of the run) -> method
     for `evaluate`.  Interrupted, it goes on with the row it was in.
     """
-    table, shown = {}, {}
+    shown, table = {}, {name: [] for name in rows}
     for name, change in rows.items():
         for seed in range(seeds):
             slug = "".join(c if c.isalnum() else "-" for c in name)
             part = run.part(f"rows/{slug}-{seed}", stands_on, **{"seed": seed} | change)
             row = evaluate({name: method_of(part)}, held, lpips)[name]
-            table.setdefault(name, []).append({k: row[k] for k in quality(lpips)})
+            table[name].append({k: row[k] for k in QUALITY})
         shown[name] = {}
-        for k, (_, form) in quality(lpips).items():
+        for k, (_, form) in QUALITY.items():
             v = torch.tensor([row[k] for row in table[name]])
-            spread = f" +- {v.std():{form.strip('+')}}" if seeds > 1 else ""
+            spread = f" +- {v.std():{form}}" if seeds > 1 else ""
             shown[name][k] = f"{v.mean():{form}}{spread}"
     bicubic = evaluate({"": lambda p: upsample(p.lq, run.cfg.scale)}, held, lpips)[""]
-    print_table(f"held-out pictures, {seeds} seeds", shown | {"bicubic": bicubic},
-                quality(lpips))
+    print_table(f"held-out pictures, {seeds} seeds; {lpips.name}",
+                shown | {"bicubic": bicubic}, QUALITY)
     write_file(run.folder / "rows.json", json.dumps(table, indent=1))
     return table
 
@@ -1285,7 +1151,7 @@ def ablate(run, estimator, pairs, held, lpips, steps=None, seeds=3):
     paper's schedule: only one that looks at x_t has scores to distil."""
     m = {"vae": chapter_end(run, pairs), "resshift": chapter_prior(run.part(
         "rows/prior", ["vae"], **PAPER_SCHEDULE), pairs), "estimator": estimator}
-    fill(pairs, "estimator", m)
+    pairs.add("estimate", lambda batch: estimator(batch.lq))
 
     def method_of(part):
         model = next_chapter(part, "gendr", m, pairs)
@@ -1296,86 +1162,55 @@ def ablate(run, estimator, pairs, held, lpips, steps=None, seeds=3):
     return compare(run, rows, stands_on, method_of, held, lpips, seeds)
 
 
-# ---- 13. Command line (skim) ---------------------------------------------------------
-def score_pair(text):
-    """"blur,noise" -> (1, 2) scores in [0, 1]."""
-    scores = [float(v) for v in text.split(",")]
-    if len(scores) != 2 or not all(0 <= v <= 1 for v in scores):
-        raise ValueError
-    return torch.tensor([scores])
-
-
-def output_size(text):
-    """"512" -> (512, 512); "3840x2160", width first -> (2160, 3840)."""
-    sides = [int(n) for n in text.split("x")]
-    if len(sides) > 2 or any(n % 8 or n < 16 for n in sides):
-        raise ValueError
-    return sides[-1], sides[0]
-
-
+# ---- 12. Command line (skim) ---------------------------------------------------------
 def restore_file(args):
     """--input to --output; an alpha channel is resized beside the picture."""
-    run, output = Run(args["run"]), args.get("output", "up.png")
-    save_picture(None, output)
-    picture = open_picture(args["input"])
-    lq = from_pil(picture).to(device())
-    alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
-    name = args.get("model", "pix")
-    unread = {"guidance"} if args.get("passes") == 1 else set()
+    output, name = Path(args.get("output", "up.png")), args.get("model", "pix")
+    scores, unread = args.get("degradation"), set()
     if name == "resshift":
-        unread = {"passes", "guidance", "tile", "degradation", "compile"}
-    if unread & set(args):
-        raise UserError("one pass, or --model resshift, does not use "
-                        + ", ".join(f"--{k}" for k in sorted(unread & set(args))))
+        unread = {"passes", "guidance", "tile", "degradation"} & set(args)
+    elif args.get("passes") == 1:
+        unread = {"guidance"} & set(args)
+    for fault, wrong in {
+            f"{output}: no such folder": not output.parent.is_dir(),
+            f"{output}: not a picture format":
+                output.suffix.lower() not in Image.registered_extensions(),
+            "--degradation takes two numbers in [0, 1]":
+                scores and not all(0 <= v <= 1 for v in scores),
+            "one pass, or --model resshift, does not use "
+            + ", ".join(f"--{k}" for k in sorted(unread)): unread}.items():
+        if wrong:
+            raise UserError(fault)
+    run, picture = Run(args["run"]), open_picture(args["input"])
+    lq, scale = from_pil(picture).to(device()), run.cfg.scale
     if name == "resshift":
-        y = sample(chapter_prior(run), chapter_end(run), lq, run.cfg.scale)
+        y = sample(chapter_prior(run), chapter_end(run), lq, scale)
     else:
         m = all_chapters(run)
-        if "compile" in args:
-            m[name].unet.compile()
         two = args.get("passes", 2 if "guidance" in args else 1) == 2
-        weight = args.get("guidance", run.cfg.guidance) if two else 1.0
-        scores = args.get("degradation")
-        y = restore(m[name], m["estimator"], lq, run.cfg.scale, weight, args.get(
-            "tile", 0), scores if scores is None else scores.to(device()))
-    save_picture(y, output, alpha)
-    print(f"{output}: {y.shape[3]}x{y.shape[2]}")
-
-
-def save_picture(y, path, alpha=None):
-    """Write (1, 3, H, W) in [-1, 1], with an alpha channel (Pillow's L) if given.
-
-    y None: only refuse, before the work is done, what could not be written.
-    """
-    if not Path(path).parent.is_dir():
-        raise UserError(f"{path}: no such folder")
-    if Path(path).suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"{path}: not a picture format")
-    if y is not None:
-        picture = to_pil(y)
-        if alpha is not None and Path(path).suffix.lower() not in (".jpg", ".jpeg"):
-            picture.putalpha(alpha.resize(picture.size, Image.BICUBIC))
-        try:
-            picture.save(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot write this picture ({error})") from None
+        y = restore(m[name], m["estimator"], lq, scale,
+                    args.get("guidance", run.cfg.guidance) if two else 1.0,
+                    args.get("tile", 0), scores and torch.tensor([scores]).to(device()))
+    up = to_pil(y)
+    if picture.mode == "RGBA" and output.suffix.lower() not in (".jpg", ".jpeg"):
+        up.putalpha(picture.getchannel("A").resize(up.size, Image.BICUBIC))
+    try:
+        up.save(output)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{output}: cannot write this picture ({error})") from None
+    print(f"{output}: {up.width}x{up.height}")
 
 
 def run_bench(args):
     """--bench: counts beside the paper's, then time and memory of a preset."""
-    cfg, size = config_from(args), args.get("size", (512, 512))
-    rows = counts(cfg, size)
-    rows["paper, 512x512: GenDR"] = {"parameters": 933.0, "two": 1637.0}
-    rows["paper, 512x512: GenDR-Pix"] = {"parameters": 866.0, "one": 344.0,
-                                         "two": 744.0}
-    print_table(f"{size[1]}x{size[0]}: multiply-accumulates (G)", rows, {
+    cfg, size = config_from(args), args.get("size", 512)
+    rows = counts(cfg, size) | {
+        "paper, 512x512: GenDR": {"parameters": 933.0, "two": 1637.0},
+        "paper, 512x512: GenDR-Pix": {"parameters": 866.0, "one": 344.0, "two": 744.0}}
+    print_table(f"{size}x{size}: multiply-accumulates (G)", rows, {
         "parameters": ("parameters (M)", ".2f"), "one": ("one pass", ".1f"),
         "two": ("guided", ".1f")})
-    models = untrained(cfg)
-    for model in models.values():
-        if "compile" in args:
-            model.unet.compile()
-    print_benchmark(benchmark(models, size), size)
+    benchmark(untrained(cfg), size)
 
 
 COMMANDS = {                             # name: (argparse, the flags that it reads)
@@ -1384,39 +1219,40 @@ COMMANDS = {                             # name: (argparse, the flags that it re
     "eval": (dict(action="store_true", help="the table of a finished run"),
              ("data", "size", "guidance")),
     "bench": (dict(action="store_true", help="a preset, untrained: counts, time"),
-              (*TABLE, "size", "compile")),
+              (*TABLE, "size")),
     "ablate": (dict(action="store_true", help="GenDR's variants, on a finished run"),
                ("ablate_steps",)),
     "compare": (dict(action="store_true", help="ResShift's T, kappa, p in one table"),
-                set(TABLE) - {"unet_weights", "vae_weights"}),
-    "figure": (dict(action="store_true", help="of a finished run: RUN/chain.png and "
-                    "RUN/scores.png, a photo along a grid of scores"), (
-                    "val_data", "steps", "kappa", "power", "eta_1", "eta_T")),
+                TABLE),
+    "figure": (dict(action="store_true", help="RUN/chain.png: a photo on the chain"),
+               TABLE),
     "input": (dict(help="a picture to restore"), (
-        "output", "model", "passes", "guidance", "tile", "degradation", "compile"))}
+        "output", "model", "passes", "guidance", "tile", "degradation"))}
 FLAGS = {
     "output": dict(help="--input: where to write it; up.png if left out"),
     "model": dict(choices=("resshift", *NAMES), help="--input: pix if left out"),
     "passes": dict(type=int, choices=(1, 2), help="--input: 2 is PadCFG"),
     "tile": dict(type=int, help="--input: in squares of this many output pixels"),
-    "degradation": dict(type=score_pair, metavar="BLUR,NOISE",
+    "degradation": dict(type=float, nargs=2, metavar=("BLUR", "NOISE"),
                         help="--input: these scores in [0, 1], not the estimator's"),
-    "compile": dict(action="store_true", help="the U-Net through torch.compile"),
     "data": dict(help="--eval: photos, or a folder with lq/ and hq/"),
-    "size": dict(type=output_size, metavar="N|WxH", help="output pixels; 512")}
+    "size": dict(type=int, help="measure at this many output pixels squared; 512")}
 
 
 def main():
     """python gendr_pix.py: train, evaluate, measure, or restore one picture."""
     started, (command, args) = time.time(), command_of(__doc__, COMMANDS, FLAGS)
+    if args.get("size", 16) % 8 or args.get("size", 16) < 16:
+        raise UserError("--size takes a multiple of 8, 16 or more")
     if command in ("input", "bench"):
         return restore_file(args) if command == "input" else run_bench(args)
-    finished, run = command in ("eval", "figure", "ablate"), None
-    if finished:
-        run = Run(args["run"])
-    cfg = run.cfg if run else config_from(args, **shapes_in(args.get("vae_weights")))
-    held = held_out(cfg, args.get("data", args.get("val_data")))
-    pairs = None if command in ("eval", "figure") else Pairs(cfg)
+    finished = command in ("eval", "ablate")
+    run = Run(args["run"]) if finished else None
+    cfg = run.cfg if finished else config_from(args)
+    held = held_out(cfg, args.get("data"))
+    if command == "figure":
+        return draw_chain(held[-1], cfg, Path("chain.png"))
+    pairs = None if command == "eval" else Pairs(cfg)
     if command == "train" and cfg.space != "latent":
         raise UserError("GenDR starts in latent space: --space latent")
     lpips = Perceptual(cfg.lpips_net).to(device())
@@ -1424,23 +1260,18 @@ def main():
     if pairs:
         pairs.fill()
     if command == "compare":
-        compare_priors(run, pairs, held, lpips)
-        return 0
+        return compare_priors(run, pairs, held, lpips) and 0
     m = all_chapters(run, None if finished else pairs, lpips, held)
-    if command == "figure":
-        shown = dataclasses.replace(cfg, **{k: args[k] for k in TABLE if k in args})
-        draw_chain(held[-1], shown, run.folder / "chain.png")
-        return draw_scores(m, held[-1], cfg, run.folder / "scores.png")
     if command == "ablate":
-        ablate(run, m["estimator"], pairs, held, lpips, args.get("ablate_steps"))
-        return 0
+        return ablate(run, m["estimator"], pairs, held, lpips,
+                      args.get("ablate_steps")) and 0
     if world()[0] > 0:                                         # rank 0 evaluates
         return 0
     guidance = args.get("guidance", cfg.guidance)
     if "data" in args:
         table = evaluate(methods_of(m, cfg, guidance), held, lpips)
-        return print_table("mean", table, quality(lpips))
-    passed = report(run, m, held, lpips, args.get("size", (512, 512)), guidance)
+        return print_table(f"mean; {lpips.name}", table, QUALITY)
+    passed = report(run, m, held, lpips, args.get("size", 512), guidance)
     print(f"\n{'PASS' if passed else 'FAIL'}: {run.folder}, "
           f"{(time.time() - started) / 60:.1f} minutes on {device()}, "
           f"{torch.get_num_threads()} threads, seed {cfg.seed}")

@@ -1,17 +1,14 @@
 """ResShift: super-resolution by shifting the residual (chapter 1, complete in itself).
 
 A restored photograph is the end of a short Markov chain that starts at the degraded
-one.  First the method: the chain, its U-Net, its two kinds of ends, what teaches them,
-the training loop.  Then the machinery: degradation, metrics, files, flags.
-`gendr_pix.py` (chapters 2 to 4) imports its names from here.
+one.  First the method: chain, U-Net, ends, training.  Then the machinery: degradation,
+metrics, files, flags.  `gendr_pix.py` (chapters 2 to 4) imports its names from here.
 
 Papers: ResShift, arXiv 2307.12348 (NeurIPS 2023), journal version 2403.07319.
         Degradation: Real-ESRGAN, arXiv 2107.10833; mild ranges: S3Diff, 2409.17058.
 
-    python resshift.py --train --tiny                   train on tiny_data/, evaluate
+    python resshift.py --train --tiny                   minutes on 2 CPU cores; a table
     python resshift.py --train --tiny --space pixel --run runs/pixel    no autoencoder
-
-The first takes minutes on 2 CPU cores and ends in a table of bicubic and ResShift.
 
 Symbols: B batch, C channels, H W full resolution, h w latent resolution, f = 8;
          x0 clean, y0 degraded (upsampled to x0's size), e0 = y0 - x0, t = 1 .. T.
@@ -29,6 +26,7 @@ import sys
 import time
 import warnings
 import zlib
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,23 +49,20 @@ from tqdm import tqdm
 PRESETS = ("tiny", "small", "full")
 TABLE = dict(
     # data
-    train_data="tiny_data/train", val_data="tiny_data/val",
-    scale=4,                             # LQ to HQ
+    train_data="tiny_data/train", val_data="tiny_data/val", scale=4,
     crop=(128, 256, 512),                # HQ training crop, pixels
-    pool=(4096, 0, 0),                   # pairs kept in memory; 0: new ones every step
-    workers=(0, 8, 8),                   # processes that make pairs
+    pool=(4096, 0, 0),                   # pairs kept in memory; 0: new ones every step,
+    workers=(0, 8, 8),                   # made by this many processes
     ranges=("real-esrgan", "mild", "mild"),    # of the degradation: a row of RANGES
     # the chain (ResShift)
     space="latent",                      # "latent": VAE; "pixel": pixel-unshuffle
     steps=15, kappa=2.0, power=0.3,      # T; noise strength; p, the shifting speed
-    eta_1=(0.6, 0.0, 0.0),               # 0: the paper's min((0.04 / kappa)^2, 0.001);
+    eta_1=(0.6, 0.0, 0.0), eta_T=0.999,  # 0: the paper's min((0.04 / kappa)^2, 0.001);
                                          # tiny stays near the mean: README
-    eta_T=0.999,
     # the networks
     unet_widths=((48, 96, 144), (128, 256, 384, 384), (320, 640, 1280, 1280)),
-    unet_blocks=(1, 2, 2),               # residual blocks a level
+    unet_blocks=(1, 2, 2), groups=(16, 32, 32),        # residual blocks a level
     head_width=(48, 64, 64),             # channels of one attention head
-    groups=(16, 32, 32),                 # GroupNorm, U-Net
     context_tokens=(4, 77, 77), context_width=(64, 256, 1024),
     shortcut=(True, True, False),        # add the input to the U-Net's output
     latent_channels=16,
@@ -89,38 +84,33 @@ TABLE = dict(
     gendr_learning_rate=(1e-3, 5e-5, 1e-5), fake_learning_rate=(1e-3, 1e-4, 1e-4),
     student_learning_rate=(3e-4, 5e-5, 5e-5),    # stages I and II
     critic_learning_rate=(1e-3, 1e-4, 1e-4),
-    warmup=(20, 200, 200), ema=(0.99, 0.999, 0.999),
-    clip=1.0,                            # gradient norm
+    warmup=(20, 200, 200), ema=(0.99, 0.999, 0.999), clip=1.0,     # gradient norm
     vae_kl=1e-6, negative=0.05,          # share of online negatives (S3Diff)
     guidance=1.07,                       # S3Diff's weight; GenDR-Pix prints none
-    distill="cid",                       # "none", "vsd", "sid" or "cid"
-    xi=1.0,                              # SiD's alpha; open in GenDR
-    cid_guidance=1.5,                    # f_phi's; open in GenDR, as the next six
-    cid_t_min=1, cid_t_max=0,            # 0: T
-    lambda_cid=0.1, lambda_cid_adv=0.05,
+    distill="cid", xi=1.0,               # "none", "vsd", "sid" or "cid"; SiD's alpha
+    cid_guidance=1.5,                    # f_phi's; open in GenDR, as xi and the next 5
+    cid_t_min=1, cid_t_max=0, lambda_cid=0.1, lambda_cid_adv=0.05,     # 0: T
     fake_steps=1,                        # fake score steps for each of the generator
     lambda_adv=0.05, lambda_lpips=1.0, lambda_fourier=0.1,     # GenDR-Pix's stage II
     least_squares=True,                  # start new ends in closed form
     lpips_net=("alex", "vgg", "vgg"),
-    # the run
-    unet_weights="",                     # start from these .safetensors: SD 2.1's U-Net
-    vae_weights="",                      # and an AutoencoderKL, under diffusers' names
+    # the run; the weights to start from are SD 2.1's U-Net and an AutoencoderKL
+    unet_weights="", vae_weights="",     # as .safetensors, under diffusers' names
     seed=0, precision=("fp32", "bf16", "bf16"),            # autocast, on CUDA alone
     checkpointing=(False, False, True),  # U-Net activations again in the backward pass
     save_every=(100, 1000, 1000), log_every=(100, 200, 200))
-
-
-def preset(name):
-    """The `Config` called "tiny", "small" or "full"."""
-    return Config(**{k: v[PRESETS.index(name)] if isinstance(v, tuple) else v
-                     for k, v in TABLE.items()})
-
 
 Config = dataclasses.make_dataclass("Config", [
     (k, type(v), v) for k, v in ((k, v[1] if isinstance(v, tuple) else v)
                                  for k, v in TABLE.items())], frozen=True)
 Config.__module__ = __name__             # so that it can be pickled, for workers
 Config.__doc__ = """Every number of both scripts, frozen; the defaults are small's."""
+
+
+def preset(name):
+    """The `Config` called "tiny", "small" or "full"."""
+    return Config(**{k: v[PRESETS.index(name)] if isinstance(v, tuple) else v
+                     for k, v in TABLE.items()})
 
 
 # ---- 2. The residual-shifting chain (read) -- ResShift, Eqs. 1-10 --------------------
@@ -190,9 +180,8 @@ class ResidualShift:
         Latents: to variance 1, if x0 and y0 have variance 1 and are fully correlated.
         Pixels in [-1, 1]: so that three sigma of noise still fit.
         """
-        if pixel:
-            return 1 / (3 * self.kappa * eta ** 0.5 + 1)
-        return 1 / (self.kappa ** 2 * eta + 1) ** 0.5
+        return 1 / (3 * self.kappa * eta ** 0.5 + 1 if pixel else
+                    (self.kappa ** 2 * eta + 1) ** 0.5)
 
     @torch.no_grad()
     def sample(self, model, y0, generator=None):
@@ -217,8 +206,6 @@ def noise_like(x, rng):
 
 # ---- 3. The U-Net (read) -- Stable Diffusion 2.1's, at any width ---------------------
 # Module names are those of diffusers' UNet2DConditionModel, so that real weights load.
-
-
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, plus a shortcut; time enters between."""
 
@@ -267,14 +254,13 @@ class Transformer(nn.Module):
         heads = max(1, width // cfg.head_width)
         self.norm = nn.GroupNorm(cfg.groups, width, 1e-6)
         self.proj_in = nn.Linear(width, width)
-        block = nn.ModuleDict({
+        self.transformer_blocks = nn.ModuleList([nn.ModuleDict({
             "norm1": nn.LayerNorm(width), "attn1": Attention(width, heads),
             "norm2": nn.LayerNorm(width),
             "attn2": Attention(width, heads, cfg.context_width),
             "norm3": nn.LayerNorm(width), "ff": nn.ModuleDict({"net": nn.ModuleList([
                 nn.ModuleDict({"proj": nn.Linear(width, 8 * width)}), nn.Identity(),
-                nn.Linear(4 * width, width)])})})
-        self.transformer_blocks = nn.ModuleList([block])
+                nn.Linear(4 * width, width)])})})])
         self.proj_out = nn.Linear(width, width)
 
     def forward(self, x, context):
@@ -307,8 +293,11 @@ class Resample(nn.Module):
 class Block(nn.Module):
     """One level: residual blocks, attentions behind them, a change of resolution.
 
-    channels: (in, out) of each.  `forward` is the VAE's way; the U-Net takes `pairs()`.
+    channels: (in, out) of each residual block.  In the U-Net every result goes into
+    `keep` on the way down, and comes back out of `take` on the way up.  With `again`
+    activations are computed again in the backward pass: time for memory.
     """
+    again = False
 
     def __init__(self, channels, groups, time_width=0, eps=1e-5, attentions=(),
                  down=None, up=None):
@@ -319,16 +308,17 @@ class Block(nn.Module):
         self.downsamplers = nn.ModuleList([down()] if down else [])
         self.upsamplers = nn.ModuleList([up()] if up else [])
 
-    def pairs(self):
-        """Residual blocks, each with the attention behind it, or None."""
-        return zip_longest(self.resnets, self.attentions)
-
-    def forward(self, x):
-        for resnet, attention in self.pairs():
-            x = resnet(x)
-            x = attention(x) if attention else x
-        for change in (*self.downsamplers, *self.upsamplers):
-            x = change(x)
+    def forward(self, x, emb=None, context=None, keep=None, take=None):
+        keep, call = keep or (lambda x: x), lambda module, *inputs: module(*inputs)
+        if self.again and torch.is_grad_enabled():
+            call = partial(checkpoint, use_reentrant=False)
+        for resnet, attention in zip_longest(self.resnets, self.attentions):
+            x = call(resnet, torch.cat([x, take.pop()], dim=1) if take else x, emb)
+            x = keep(call(attention, x, context) if attention else x)
+        for down in self.downsamplers:
+            x = keep(down(x))
+        for up in self.upsamplers:
+            x = up(x, take and take[-1].shape[2:])
         return x
 
 
@@ -346,7 +336,9 @@ class UNet(nn.Module):
 
         def level(channels, attend, **change):
             attend = attend * [lambda: Transformer(channels[-1][1], cfg)]
-            return Block(channels, cfg.groups, time, attentions=attend, **change)
+            block = Block(channels, cfg.groups, time, attentions=attend, **change)
+            block.again = cfg.checkpointing
+            return block
         self.conv_in = nn.Conv2d(in_channels, w[0], 3, padding=1)
         self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(w[0], time),
                                              "linear_2": nn.Linear(time, time)})
@@ -380,39 +372,18 @@ class UNet(nn.Module):
         one, two = self.time_embedding.values()
         return two(F.silu(one(emb)))
 
-    def call(self, module, *inputs):
-        """module(*inputs), None the identity; with cfg.checkpointing the inside is
-        computed again in the backward pass: time for memory."""
-        if module is None:
-            return inputs[0]
-        if self.cfg.checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
-
     def encode(self, x, t, context):
         """The half before the skips return: (features, skips, time embedding)."""
-        emb = self.embed(t.to(x.device))
-        h = self.conv_in(x)                                    # (B, w0, h, w)
+        emb, h = self.embed(t.to(x.device)), self.conv_in(x)   # h: (B, w0, h, w)
         skips = [h]
-        for block in self.down_blocks:
-            for resnet, attention in block.pairs():
-                h = self.call(attention, self.call(resnet, h, emb), context)
-                skips.append(h)
-            for down in block.downsamplers:
-                h = down(h)                                    # (B, wi, h/2^i, w/2^i)
-                skips.append(h)
-        for resnet, attention in self.mid_block.pairs():
-            h = self.call(attention, self.call(resnet, h, emb), context)
-        return h, skips, emb
+        for block in self.down_blocks:                         # (B, wi, h/2^i, w/2^i)
+            h = block(h, emb, context, keep=lambda x: skips.append(x) or x)
+        return self.mid_block(h, emb, context), skips, emb
 
     def forward(self, x, t, context):
         h, skips, emb = self.encode(x, t, context)
         for block in self.up_blocks:
-            for resnet, attention in block.pairs():
-                h = self.call(resnet, torch.cat([h, skips.pop()], dim=1), emb)
-                h = self.call(attention, h, context)
-            for up in block.upsamplers:
-                h = up(h, skips[-1].shape[2:])
+            h = block(h, emb, context, take=skips)
         return self.conv_out(F.silu(self.conv_norm_out(h)))    # (B, out, h, w)
 
 
@@ -428,9 +399,7 @@ class Prompts(nn.Module):
 
     def forward(self, prompt, batch):
         """prompt: POSITIVE, NEGATIVE or a (B,) tensor of them -> (B, tokens, width)."""
-        if isinstance(prompt, int):              # no copy to a GPU to wait for
-            return self.table[prompt].expand(batch, -1, -1)
-        return self.table[prompt.to(self.table.device)]
+        return self.table[prompt].expand(batch, -1, -1)
 
 
 # ---- 4. The two kinds of ends (read) -- VAE, or pixel-(un)shuffle -------------------
@@ -457,7 +426,7 @@ class VaeAttention(Attention):
         super().__init__(width, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, width, 1e-6)
 
-    def forward(self, x):
+    def forward(self, x, context=None):
         h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
         return x + rearrange(super().forward(h), "b (h w) c -> b c h w", h=x.shape[2])
 
@@ -479,19 +448,16 @@ class VaeHalf(nn.Module):
                 yield Block([(w[max(i - 1, 0)], width)] + [(width, width)] * more, g,
                             eps=1e-6, **{"up" if up else "down": change})
         self.conv_in = nn.Conv2d(in_ch, w[0], 3, padding=1)
-        if not up:
-            self.down_blocks = nn.ModuleList(levels())
+        self.down_blocks = nn.ModuleList([] if up else levels())
         self.mid_block = Block([(middle, middle)] * 2, g, eps=1e-6,
                                attentions=[lambda: VaeAttention(middle, g)])
-        if up:
-            self.up_blocks = nn.ModuleList(levels())
+        self.up_blocks = nn.ModuleList(levels() if up else [])
         self.conv_norm_out = nn.GroupNorm(g, w[-1], 1e-6)
         self.conv_out = nn.Conv2d(w[-1], out_ch, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)
-        for block in (*getattr(self, "down_blocks", ()), self.mid_block,
-                      *getattr(self, "up_blocks", ())):
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             h = block(h)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
@@ -507,8 +473,8 @@ class VAE(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        c, self.factor = cfg.latent_channels, 8
-        self.channels = c
+        c = self.channels = cfg.latent_channels
+        self.factor = 8
         self.encoder = VaeHalf(cfg, 3, 2 * c, up=False)
         self.decoder = VaeHalf(cfg, c, 3, up=True)
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
@@ -535,9 +501,9 @@ class VAE(nn.Module):
         mean = x.mean(0)
         variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
         axes, gain = axes[:, -c:], variance[-c:].mean().rsqrt()   # unit mean variance
+        back = torch.linalg.inv(k)
         self.skip_in.weight.copy_((gain * axes.T @ k)[:, :, None, None])
         self.skip_in.bias.copy_(-gain * axes.T @ mean)
-        back = torch.linalg.inv(k)
         self.skip_out.weight.copy_((back @ axes / gain)[:, :, None, None])
         self.skip_out.bias.copy_(back @ mean)
         for p in (*self.quant_conv.parameters(), *self.decoder.conv_out.parameters()):
@@ -592,8 +558,6 @@ class ResShift(nn.Module):
 # A stage is (step, rates).  step(batch, draws) computes, yields a player (a module) and
 # its losses, and goes on when that player has made its gradient step: what one leaves
 # for the next is a local variable.  rates: {player: learning rate}.
-
-
 class Batch(SimpleNamespace):
     """One training batch, float32 on the device; what is missing is filled when read.
 
@@ -681,8 +645,7 @@ def negatives(target, lq, draws, cfg):
 
     Returns (prompt (B,), target): where the prompt is NEGATIVE the target is `lq`.
     """
-    prompt = (draws.each(torch.rand, len(target)) < cfg.negative).long()
-    prompt = prompt.to(target.device)
+    prompt = (draws.each(torch.rand, len(target)) < cfg.negative).long().to(lq.device)
     return prompt, torch.where((prompt == NEGATIVE).view(-1, 1, 1, 1), lq, target)
 
 
@@ -702,8 +665,7 @@ def train(run, name, stage, pairs, steps, watch=None):
         for player, rate in rates.items()}
     trained = [o.param_groups[0]["params"] for o in players.values()]
     average = [p.detach().clone() for p in trained[0]]
-    state = {"trained": trained, "average": average, "players": players.values()}
-    first = load_checkpoint(run, name, **state)
+    first = resume(run, name, players.values(), [average, *trained])
     bar = tqdm(range(first, steps), name, steps, initial=first, disable=quiet())
     for i, batch in zip(bar, pairs.batches(name, first, steps)):
         moves, done = step(batch, Draws(stage_seed(cfg, name, i))), i + 1
@@ -729,7 +691,9 @@ def train(run, name, stage, pairs, steps, watch=None):
             tqdm.write(f"{name:9s} {done:6d}/{steps}  {text}  {1000 * each:5.0f} ms  "
                        f"{each * (steps - done):5.0f} s left")
         if done % cfg.save_every == 0 and done < steps:
-            save_checkpoint(run, name, done, **state)
+            state = {"step": done, "tensors": [average, *trained],
+                     "players": [o.state_dict() for o in players.values()]}
+            write_file(run.folder / f"{name}.ckpt", partial(torch.save, state))
     swap(trained[0], average)
 
 
@@ -764,23 +728,16 @@ def swap(parameters, average):
         a.copy_(kept)
 
 
-def save_checkpoint(run, name, step, trained, average, players):
-    """Everything a resumed stage needs: trained weights, moments, average, step."""
-    state = {"step": step, "trained": trained, "average": average,
-             "players": [optimizer.state_dict() for optimizer in players]}
-    write_file(run.folder / f"{name}.ckpt", lambda path: torch.save(state, path))
-
-
 @torch.no_grad()
-def load_checkpoint(run, name, trained, average, players):
-    """The inverse of `save_checkpoint`; the step to go on from, 0 without a file."""
+def resume(run, name, optimizers, tensors):
+    """Go on from a stage's checkpoint; the next step's number, 0 without a file."""
     file = run.folder / f"{name}.ckpt"
     if not file.exists():
         return 0
     state = torch.load(file, map_location="cpu", weights_only=True)
-    for optimizer, moments in zip(players, state["players"]):
+    for optimizer, moments in zip(optimizers, state["players"]):
         optimizer.load_state_dict(moments)
-    for ours, saved in zip([average, *trained], [state["average"], *state["trained"]]):
+    for ours, saved in zip(tensors, state["tensors"]):
         torch._foreach_copy_(ours, saved)
     run.forget(name, state["step"])
     print(f"{name}: resuming at step {state['step']}")
@@ -801,11 +758,11 @@ def chapter(run, name, build, teach=None, before=()):
     those in `before` is not stored again.  Without `teach` the file must exist.
     """
     torch.manual_seed(stage_seed(run.cfg, name, 0))
-    model, file = place(build()), run.folder / f"{name}.safetensors"
+    model, file = build().to(device()), run.folder / f"{name}.safetensors"
     theirs = {v.data_ptr() for m in before for v in m.state_dict().values()}
     own = {k: v for k, v in model.state_dict().items() if v.data_ptr() not in theirs}
     if file.exists() or teach is None:
-        fit_weights(own, read_weights(file), file)
+        load_weights(own, file)
         print(f"{name}: loaded")
     else:
         teach(model)
@@ -815,41 +772,45 @@ def chapter(run, name, build, teach=None, before=()):
     return model.requires_grad_(False).eval()
 
 
-def chapter_end(run, pairs=None, weights=None):
-    """The end of cfg.space: `PixelShuffle`, or a VAE: loaded, or trained on `pairs`.
+def chapter_end(run, pairs=None):
+    """The end of cfg.space: `PixelShuffle`, or a VAE: loaded, or trained on `pairs`,
+    or from cfg.vae_weights.  In the end `scale` makes HQ latents' variance 1."""
+    cfg = run.cfg
 
-    weights(vae) fills it from a file instead (gendr_pix.py).  In the end `scale` makes
-    HQ latents' variance 1.
-    """
-    @torch.no_grad()
     def teach(vae):
-        if weights:
-            weights(vae)
+        if cfg.vae_weights:
+            load_weights(vae.state_dict(), cfg.vae_weights, skip=("scale",))
         else:
-            if run.cfg.vae_skip:
+            if cfg.vae_skip:
                 vae.start_from_pca(pairs.some(512).hq)
-            with torch.enable_grad():
-                train(run, "vae", vae_stage(vae, run.cfg), pairs, run.cfg.vae_steps)
-        vae.scale.copy_(vae.encode(pairs.some(64).hq).std().reciprocal())
-    end = PixelShuffle(8) if run.cfg.space == "pixel" else chapter(
-        run, "vae", lambda: VAE(run.cfg), pairs and teach)
+            train(run, "vae", vae_stage(vae, cfg), pairs, cfg.vae_steps)
+        with torch.no_grad():
+            vae.scale.copy_(vae.encode(pairs.some(64).hq).std().reciprocal())
+    end = PixelShuffle(8) if cfg.space == "pixel" else chapter(
+        run, "vae", lambda: VAE(cfg), pairs and teach)
     if pairs:
         pairs.add("z_hq", lambda batch: end.encode(batch.hq))
         pairs.add("z_lq", lambda batch: end.encode(batch.lq_up))
     return end
 
 
-def chapter_prior(run, pairs=None, start=None):
-    """The prior: loaded, or trained on `pairs`; start(prior) comes first, if given."""
+def chapter_prior(run, pairs=None):
+    """The prior: loaded, or trained on `pairs`, from cfg.unet_weights if there are any.
+
+    conv_in and conv_out stay at torch's start: Stable Diffusion has other channels.
+    """
+    cfg = run.cfg
+
     def teach(prior):
-        if start:
-            start(prior)
-        train(run, "resshift", prior_stage(prior, run.cfg), pairs, run.cfg.prior_steps)
+        if cfg.unet_weights:
+            load_weights(prior.unet.state_dict(), cfg.unet_weights,
+                         skip=("conv_in.", "conv_out."))
+        train(run, "resshift", prior_stage(prior, cfg), pairs, cfg.prior_steps)
         errors = error_by_time(prior, pairs)
-        run.log("resshift", run.cfg.prior_steps,
+        run.log("resshift", cfg.prior_steps,
                 {f"mse at t={i + 1}": e for i, e in enumerate(errors)})
         print("mse of x0 at t = 1 .. T:", " ".join(f"{e:.3f}" for e in errors))
-    return chapter(run, "resshift", lambda: ResShift(run.cfg), pairs and teach)
+    return chapter(run, "resshift", lambda: ResShift(cfg), pairs and teach)
 
 
 @torch.no_grad()
@@ -912,24 +873,20 @@ def gaussian_kernel(size, sigma_x, sigma_y=None, theta=0.0, shape=1.0, plateau=F
 
 
 def sinc_kernel(size, cutoff):
-    """The circular low-pass c J1(c r) / (2 pi r), c in (0, pi], summing to 1."""
+    """The circular low-pass c J1(c r) / (2 pi r), c in (0, pi], summing to 1, and the
+    variance of the Gaussian whose response at c is one half, pixels^2."""
     n = torch.arange(size, dtype=torch.float64) - size // 2
     r = (n[:, None] ** 2 + n ** 2).sqrt().clamp(min=1e-6)
     k = cutoff * torch.special.bessel_j1(cutoff * r) / (2 * math.pi * r)
-    return (k / k.sum()).float()
-
-
-def sinc_variance(cutoff):
-    """Variance of the Gaussian whose response at `cutoff` is one half, pixels^2."""
-    return 2 * math.log(2) / cutoff ** 2
+    return (k / k.sum()).float(), 2 * math.log(2) / cutoff ** 2
 
 
 def random_kernel(dice, stage, ranges):
     """A blur kernel of Real-ESRGAN's mixture and its variance per axis, pixels^2."""
     size = 2 * dice.randrange(3, 11) + 1                       # odd, 7 .. 21
     if dice.random() < SINC_BLUR:
-        cutoff = dice.uniform(math.pi / 3 if size < 13 else math.pi / 5, math.pi)
-        return sinc_kernel(size, cutoff), sinc_variance(cutoff)
+        least = math.pi / 3 if size < 13 else math.pi / 5
+        return sinc_kernel(size, dice.uniform(least, math.pi))
     kind = dice.choices(list(KERNELS), KERNELS.values())[0]
     plateau, sigma = "plateau" in kind, [dice.uniform(*ranges.sigma[stage])]
     sigma += [dice.uniform(*ranges.sigma[stage]) if "aniso" in kind else None]
@@ -963,11 +920,13 @@ def jpeg(x, quality):
 
 
 def degrade_one(hq, cfg, dice, rng):
-    """One picture (1, 3, H, W) in [0, 1] -> LQ (1, 3, H/s, W/s), [blur, noise]."""
+    """One picture (1, 3, H, W) in [0, 1] -> LQ (1, 3, H/s, W/s), [blur, noise].
+
+    `clean` takes the same blurs and resizes as x, but no noise and no JPEG: their
+    difference at the end is the true noise.  variance: the blur's, in LQ pixels^2.
+    """
     ranges, small = RANGES[cfg.ranges], [n // cfg.scale for n in hq.shape[2:]]
-    # `clean` takes the same blurs and resizes as x, but no noise and no JPEG: their
-    # difference at the end is the true noise.
-    x, clean, variance = hq, hq, 0.0                           # variance in LQ pixels^2
+    x, clean, variance = hq, hq, 0.0
 
     def both(function, *how):
         return function(torch.cat([x, clean]), *how).chunk(2)
@@ -983,9 +942,9 @@ def degrade_one(hq, cfg, dice, rng):
         ends = dice.choices([(1, high), (low, 1), (1, 1)], RESIZE[stage])[0]
         base, factor = small if stage else hq.shape[2:], dice.uniform(*ends)
         x, clean = both(resize, [max(1, int(n * factor)) for n in base])
-        if x.shape[2] < small[0]:                              # lost above f pi
-            variance += sinc_variance(math.pi * x.shape[2] / small[0]) - sinc_variance(
-                math.pi)
+        if x.shape[2] < small[0]:        # what lies above f pi is lost, as in a sinc
+            variance += 2 * math.log(2) / math.pi ** 2 * (
+                (small[0] / x.shape[2]) ** 2 - 1)
         x = random_noise(x, dice, rng, stage, ranges).clamp(0, 1)
         if stage == 0:
             x = jpeg(x, dice.uniform(*ranges.jpeg[0]))
@@ -993,9 +952,8 @@ def degrade_one(hq, cfg, dice, rng):
     x = x if sinc_first else jpeg(x, quality)
     x, clean = both(resize, small)
     if dice.random() < SINC_FINAL:
-        cutoff = dice.uniform(math.pi / 3, math.pi)
-        x, clean = both(blur, sinc_kernel(21, cutoff))
-        variance += sinc_variance(cutoff)
+        kernel, v = sinc_kernel(21, dice.uniform(math.pi / 3, math.pi))
+        (x, clean), variance = both(blur, kernel), variance + v
     x, clean = x.clamp(0, 1), clean.clamp(0, 1)
     x = jpeg(x, quality) if sinc_first else x
     noise = (x - clean).square().mean().sqrt().item()
@@ -1081,9 +1039,10 @@ def upsample(lq, scale):
     return F.interpolate(lq, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def luma(x, weights=(0.299, 0.587, 0.114)):
+def luma(x):
     """Full-range BT.601 luma of RGB: (B, 3, H, W) -> (B, 1, H, W)."""
-    return (x * torch.tensor(weights).to(x).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    weights = torch.tensor((0.299, 0.587, 0.114), dtype=x.dtype).to(x.device)
+    return (x * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 def opponent(x):
@@ -1094,7 +1053,7 @@ def opponent(x):
 
 def studio_y(x):
     """Y of BT.601 in 16 .. 235, from [0, 1] RGB, unrounded: (B, 1, H, W), float64."""
-    return luma(x.double(), (65.481, 128.553, 24.966)) + 16
+    return 219 * luma(x.double()) + 16
 
 
 def psnr(a, b):
@@ -1181,19 +1140,17 @@ def print_table(title, rows, columns):
             f"{text:>{width}s}" for text, width in zip(line, widths)))
 
 
-def quality(lpips):
-    """`print_table`'s columns of what `evaluate` measures."""
-    return {"psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".4f"),
-            "lpips": (lpips.name, ".4f"), "ms": ("ms", ".0f")}
+QUALITY = {"psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"),
+           "ms": ("ms", ".0f")}          # `print_table`'s columns of `evaluate`
 
 
 # ---- 10. Training pairs (skim) -------------------------------------------------------
 class Pairs(Dataset):
     """Degraded pairs from a folder of photographs; item `seed` is that seed's pair.
 
-    Photographs are read when needed.  With cfg.pool a number of pairs is made once and
-    kept, and so are frozen networks' outputs on them (`add`); with pool = 0 every step
-    has new pairs, from torch's DataLoader, and `add`'s networks run on each batch.
+    With cfg.pool a number of pairs is made once and kept, and so are frozen networks'
+    outputs on them (`add`); with pool = 0 every step has new pairs, from torch's
+    DataLoader, photographs are read when needed, and networks run on each batch.
     """
 
     def __init__(self, cfg):
@@ -1207,8 +1164,8 @@ class Pairs(Dataset):
 
     def __getitem__(self, seed):
         rng, dice = torch.Generator().manual_seed(seed), random.Random(seed)
-        hq = random_crop(from_pil(open_picture(dice.choice(self.files))), self.cfg.crop,
-                         dice)
+        photo = from_pil(open_picture(dice.choice(self.files)))
+        hq = random_crop(photo, self.cfg.crop, dice)
         lq, scores = degrade(hq, self.cfg, rng)
         return {"hq": to_bytes(hq)[0], "lq": to_bytes(lq)[0], "scores": scores[0]}
 
@@ -1320,12 +1277,6 @@ def autocast(cfg):
     return torch.autocast(device().type, dtype=torch.bfloat16, enabled=on)
 
 
-def place(model):
-    """The model on `device()`; on a GPU its convolutions' weights in channels_last."""
-    cuda = device().type == "cuda"
-    return model.to(device(), **{"memory_format": torch.channels_last} if cuda else {})
-
-
 def world():
     """(rank of this process, number of processes): (0, 1) unless under torchrun."""
     d = torch.distributed
@@ -1348,20 +1299,18 @@ class Run:
 
     def __init__(self, folder, cfg=None, on=None):
         self.folder, self.cfg = Path(folder), cfg
-        file = self.folder / "config.json"
-        old = json.loads(file.read_text()) if file.exists() else None
+        file, self.csv = self.folder / "config.json", self.folder / "log.csv"
+        old = json.loads(file.read_text()) if file.exists() else {}
         if cfg is None:
-            if old is None:
-                raise UserError(f"{folder}: no run here; train first")
             odd = (set(old) - {"on"}) ^ set(TABLE)
             if odd:
-                raise UserError(f"{file}: another version's {', '.join(sorted(odd))}")
+                raise UserError(f"{file}: another version's {', '.join(sorted(odd))}"
+                                if old else f"{folder}: no run here; train first")
             self.cfg = Config(**{k: tuple(v) if isinstance(v, list) else v
                                  for k, v in old.items() if k != "on"})
         elif world()[0] == 0:                                  # rank 0 alone writes
             now = json.loads(json.dumps(dataclasses.asdict(cfg) | {"on": on or {}}))
-            old = old or now
-            odd = {k for k in {**now, **old} if old.get(k) != now.get(k)} - self.FREE
+            odd = {k for k in now | old if old and old.get(k) != now.get(k)} - self.FREE
             if odd:
                 raise UserError(f"{folder}: trained with another {', '.join(odd)}; "
                                 "choose another --run or remove it")
@@ -1383,8 +1332,7 @@ class Run:
         """A run in a folder of this one, with some numbers changed.
 
         stands_on: the chapters of this run whose weights it uses.  A stage's seed comes
-        from its name and cfg.seed alone, so that the same stage in two parts starts
-        from the same weights and sees the same batches.
+        from its name and cfg.seed alone: the same stage in two parts starts alike.
         """
         on = {n: zlib.crc32((self.folder / f"{n}.safetensors").read_bytes())
               for n in stands_on}
@@ -1393,18 +1341,16 @@ class Run:
     def log(self, stage, step, values):
         """Append one row a value to log.csv: stage, step, name, value."""
         if world()[0] == 0:
-            file = self.folder / "log.csv"
-            head = "" if file.exists() else "stage,step,name,value\n"
-            with open(file, "a") as f:
+            head = "" if self.csv.exists() else "stage,step,name,value\n"
+            with open(self.csv, "a") as f:
                 f.write(head + "".join(f"{stage},{step},{k},{v:.6g}\n"
                                        for k, v in values.items()))
 
     def forget(self, stage, step):
         """Drop a stage's rows of log.csv after `step`: a resumed stage writes anew."""
-        file = self.folder / "log.csv"
-        rows = file.read_text().splitlines(keepends=True) if file.exists() else []
-        write_file(file, "".join(row for row in rows if not row.startswith(f"{stage},")
-                                 or int(row.split(",")[1]) <= step))
+        rows = self.csv.read_text().splitlines(True) if self.csv.exists() else []
+        write_file(self.csv, "".join(r for r in rows if not r.startswith(f"{stage},")
+                                     or int(r.split(",")[1]) <= step))
 
 
 def write_file(path, data):
@@ -1418,30 +1364,26 @@ def write_file(path, data):
 def save_weights(state, path):
     """A state dict as .safetensors; tensors with two names are written twice."""
     state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
-    write_file(path, lambda temporary: save_file(state, temporary))
+    write_file(path, partial(save_file, state))
 
 
-def read_weights(path):
-    """{name: tensor} of a .safetensors file; UserError where it is none."""
+@torch.no_grad()
+def load_weights(own, path, skip=()):
+    """Copy a .safetensors file into `own` {name: tensor}, but for names that start
+    with `skip`; UserError where there is no such file, or it does not fit."""
     try:
-        return load_file(path)
+        state = load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is the run trained?") from None
     except Exception as error:                                 # truncated, not ours
         raise UserError(f"{path}: not a weights file ({error})") from None
-
-
-@torch.no_grad()
-def fit_weights(own, state, path):
-    """Copy `state` into the tensors `own`; UserError names the first that is unfit."""
-    for key in [*own, *state]:
-        if key not in own or key not in state:
-            where = "this network" if key in state else "the file"
-            raise UserError(f"{path}: {key} is not in {where}")
-        if own[key].shape != state[key].shape:
-            raise UserError(f"{path}: {key} is {tuple(state[key].shape)}, not "
-                            f"{tuple(own[key].shape)}")
-        own[key].copy_(state[key])
+    own, state = ({k: v for k, v in tensors.items() if not k.startswith(skip)}
+                  for tensors in (own, state))
+    for k in own | state:
+        shapes = [tuple(s[k].shape) if k in s else "not there" for s in (own, state)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{path}: {k} is {shapes[1]}, the network's {shapes[0]}")
+        own[k].copy_(state[k])
 
 
 # ---- 12. Command line (skim) ---------------------------------------------------------
@@ -1459,6 +1401,9 @@ def command_of(doc, commands, flags):
     """
     def refuse(message):                 # one line instead of argparse's many
         raise UserError(f"{message} (--help lists the flags)")
+
+    def flag_of(name):
+        return "--" + name.replace("_", "-")
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.error, size = refuse, parser.add_mutually_exclusive_group()
@@ -1466,32 +1411,30 @@ def command_of(doc, commands, flags):
     size.add_argument("--full", action="store_true", help="preset: SD 2.1's size")
     parser.add_argument("--run", help="folder of the run, runs/PRESET if left out")
     for name, how in ({k: how for k, (how, _) in commands.items()} | flags).items():
-        parser.add_argument(f"--{name}", **how)
+        parser.add_argument(flag_of(name), **how)
     numbers = parser.add_argument_group("numbers (preset < flag), with small's values")
-    for f in dataclasses.fields(Config):
-        how = {tuple: dict(type=int, nargs="+"),
-               bool: dict(action=argparse.BooleanOptionalAction)}.get(
-                   f.type, dict(type=f.type, choices=CHOICES.get(f.name)))
-        how["help"] = str(f.default)
-        numbers.add_argument("--" + f.name.replace("_", "-"), **how)
+    for name, value in vars(preset("small")).items():
+        how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(
+            type=int, nargs="+")}.get(type(value), dict(type=type(value),
+                                                        choices=CHOICES.get(name)))
+        numbers.add_argument(flag_of(name), help=str(value), **how)
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in
             vars(parser.parse_args()).items()}
     command = next((c for c in commands if c in args), None)
     if command is None:
-        refuse("nothing to do: " + ", ".join(f"--{c}" for c in commands))
-    unused = sorted(set(args) - {command, "run", "tiny", "full", *commands[command][1]})
+        refuse("nothing to do: " + ", ".join(map(flag_of, commands)))
+    unused = set(args) - {command, "run", "tiny", "full", *commands[command][1]}
     if unused:
-        refuse(f"--{command} does not use " + ", ".join(
-            "--" + k.replace("_", "-") for k in unused))
+        refuse(f"--{command} does not use " + ", ".join(map(flag_of, sorted(unused))))
     args["preset"] = next((n for n in ("tiny", "full") if n in args), "small")
     return command, {"run": f"runs/{args['preset']}", **args}
 
 
-def config_from(args, **found):
-    """The `Config` of a command line: preset < found in a file < flag; refuses, before
-    anything is written, what would fail in the middle of a run."""
-    given = found | {k: v for k, v in args.items() if k in TABLE}
-    cfg = dataclasses.replace(preset(args["preset"]), **given)
+def config_from(args):
+    """The `Config` of a command line: preset < flag; refuses, before anything is
+    written, what would fail in the middle of a run."""
+    cfg = dataclasses.replace(preset(args["preset"]),
+                              **{k: v for k, v in args.items() if k in TABLE})
     rules = {
         "cid_t_min and cid_t_max are in 1 .. steps":
             1 <= cfg.cid_t_min <= (cfg.cid_t_max or cfg.steps) <= cfg.steps,
@@ -1532,18 +1475,16 @@ def command_line(main):
 def main():
     """python resshift.py --train: train and evaluate chapter 1."""
     how = dict(action="store_true", help="train what is missing, evaluate")
-    reads = set(TABLE) - {"unet_weights", "vae_weights"}
-    _, args = command_of(__doc__, {"train": (how, reads)}, {})
+    _, args = command_of(__doc__, {"train": (how, TABLE)}, {})
     cfg = config_from(args)
     held, pairs, run = held_out(cfg), Pairs(cfg), Run(args["run"], cfg)
     lpips = Perceptual(cfg.lpips_net).to(device())
     pairs.fill()
-    end = chapter_end(run, pairs)
-    prior = chapter_prior(run, pairs)
+    end, prior = chapter_end(run, pairs), chapter_prior(run, pairs)
     table = evaluate({"bicubic": lambda p: upsample(p.lq, cfg.scale),
                       "ResShift": lambda p: sample(prior, end, p.lq, cfg.scale)}, held,
                      lpips)
-    print_table("held-out pictures, mean", table, quality(lpips))
+    print_table(f"held-out pictures; {lpips.name}", table, QUALITY)
 
 
 if __name__ == "__main__":

@@ -236,21 +236,13 @@ def test_full_size_trains_as_many_parameters_as_s3diff():
 
 
 def test_full_size_has_the_papers_multiply_accumulates():
-    rows = g.counts(r.preset("full"), (512, 512))
+    rows = g.counts(r.preset("full"), 512)
     pix, gendr = rows["GenDR-Pix"], rows["GenDR"]
     assert round(pix["one"], 1) == 343.5                 # the paper: 344 and 744
     assert round(pix["two"], 1) == 743.3
     assert round(gendr["one"]) == 1284 and round(gendr["two"]) == 1624
     prompts = 2 * 77 * 1024 / 1e6                        # learned, beside the U-Net
     assert round(pix["parameters"] - prompts, 2) == 866.99
-
-
-def test_sizes_on_the_command_line():
-    assert g.output_size("512") == (512, 512)
-    assert g.output_size("3840x2160") == (2160, 3840)            # height first
-    for bad in ("a", "512x512x8", "100", "8"):
-        with pytest.raises(ValueError):
-            g.output_size(bad)
 
 
 def test_macs_by_hand():
@@ -264,16 +256,6 @@ def test_macs_by_hand():
     assert g.macs(attend) == 2 * 2 * 9 * 9 * 4 and g.macs(attend, False) == 0
 
 
-def latents():
-    """HQ latents with variances 1, 4, 9, 16 in four of 16 channels, and their std."""
-    std, z = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.zeros(64, 16, 8, 8)
-    v = randn(4, 64 * 64)
-    v = v - v.mean(1, keepdim=True)
-    white = torch.linalg.solve(torch.linalg.cholesky(torch.cov(v)), v)
-    z[:, :4] = (std[:, None] * white).reshape(4, 64, 8, 8).transpose(0, 1)
-    return z, std
-
-
 def diffusers_unet(cfg, channels):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     return wake(diffusers.UNet2DConditionModel(
@@ -285,74 +267,47 @@ def diffusers_unet(cfg, channels):
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))).eval()
 
 
-def test_stable_diffusion_weights_start_the_prior(tmp_path, capsys):
-    cfg = dataclasses.replace(MICRO, shortcut=False, kappa=1.0)
-    (z, std), t, file = latents(), torch.tensor([4, 2]), tmp_path / "unet.safetensors"
-    for channels in (16, 4):
-        theirs, prior = diffusers_unet(cfg, channels), r.ResShift(cfg)
-        r.save_weights(theirs.state_dict(), file)
-        g.start_from_stable_diffusion(prior, file, z)
-        x_t, y0 = randn(2, 16, 8, 8), z[:2]
-
-        def unet(x):
-            context = prior.prompts(r.POSITIVE, 2)
-            return theirs(x, 999 * t / cfg.steps, context).sample
-        with torch.no_grad():
-            out = prior(x_t, y0, t)                  # x_t's half starts at zero
-            if channels == 16:
-                close(out, unet(y0), 1e-5)
-                continue
-            # the axes are the first four channels, each with a sign of its own
-            w = theirs.conv_in.weight
-            ours, std = prior.unet.conv_in.weight[:, 16:20], std.view(4, 1, 1)
-            sign = (ours * w).sum((0, 2, 3)).sign().view(4, 1, 1)
-            close(out[:, :4], std * sign * unet(sign / std * y0[:, :4]), 1e-3)
-            close(out[:, 4:], torch.zeros(2, 12, 8, 8), 1e-3)
-    assert "4 channels replaced by 16" in capsys.readouterr().out
-    state = r.load_file(file)
-    state["mid_block.resnets.0.conv1.weight"] = torch.zeros(1)
-    r.save_file(state, file)
+def test_stable_diffusion_weights_start_the_prior(tmp_path, in_project):
+    """All but conv_in and conv_out, from a file under diffusers' names."""
+    file = tmp_path / "unet.safetensors"
+    cfg = dataclasses.replace(MICRO, shortcut=False, unet_weights=str(file),
+                              prior_steps=0, space="pixel")
+    theirs = diffusers_unet(cfg, 4).state_dict()
+    r.save_weights(theirs, file)
+    pairs = r.Pairs(cfg)
+    pairs.fill()
+    r.chapter_end(run := r.Run(tmp_path / "run", cfg), pairs)
+    ours = r.chapter_prior(run, pairs).unet.state_dict()
+    assert ours.keys() == theirs.keys()
+    for k, v in ours.items():
+        assert k.startswith(("conv_in.", "conv_out.")) or torch.equal(v, theirs[k])
+    theirs["mid_block.resnets.0.conv1.weight"] = torch.zeros(1)
+    r.save_file(theirs, file)
     with pytest.raises(r.UserError, match="mid_block.resnets.0.conv1.weight is"):
-        g.start_from_stable_diffusion(r.ResShift(cfg), file, z)
-    r.save_file({"a": torch.zeros(1)}, file)
-    with pytest.raises(r.UserError, match="not a UNet2DConditionModel"):
-        g.start_from_stable_diffusion(r.ResShift(cfg), file, z)
+        r.chapter_prior(r.Run(tmp_path / "bad", cfg), pairs)
 
 
-def test_an_autoencoders_file_gives_its_widths_and_weights(tmp_path, in_project):
+def test_an_autoencoders_file_gives_the_vae(tmp_path, in_project):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     theirs = wake(diffusers.AutoencoderKL(
         latent_channels=12, block_out_channels=(8, 8, 12, 16), layers_per_block=2,
         norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4)).eval()
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     file, state = tmp_path / "vae.safetensors", theirs.state_dict()
-    for names in ({}, old):                          # today's names, and older files'
-        renamed = {}
-        for key, value in state.items():
-            for new, name in names.items():
-                key = key.replace(new, name)
-            renamed[key] = value
-        r.save_file(renamed, file)
-        found = g.shapes_in(file)
-        assert found.pop("vae_groups") == 32         # diffusers' default; here it is 4
-        assert found == dict(vae_widths=(8, 8, 12, 16), vae_blocks=2, vae_skip=False,
-                             latent_channels=12)
-        cfg = dataclasses.replace(MICRO, vae_groups=4, vae_weights=str(file),
-                                  prior_steps=0, estimator_steps=0, gendr_steps=0,
-                                  adc_steps=0, pix_steps=0, **found)
-        pairs = r.Pairs(cfg)
-        pairs.fill()
-        run = r.Run(tmp_path / f"run{len(names)}", cfg)
-        vae, hq = g.all_chapters(run, pairs)["vae"], pairs.some(4).hq
-        with torch.no_grad():
-            z = theirs.encode(hq).latent_dist.mean
-            close(vae.encode(hq), z / z.std(), 1e-4)
-            close(vae.decode(vae.encode(hq)), theirs.decode(z).sample, 1e-4)
-    del renamed["decoder.conv_out.bias"]
-    r.save_file(renamed, file)
-    with pytest.raises(r.UserError, match="decoder.conv_out.bias is not in the file"):
-        g.all_chapters(r.Run(tmp_path / "bad", cfg), pairs)
+    r.save_file(state, file)
+    cfg = dataclasses.replace(MICRO, vae_weights=str(file), vae_widths=(8, 8, 12, 16),
+                              vae_blocks=2, vae_skip=False, latent_channels=12)
+    pairs = r.Pairs(cfg)
+    pairs.fill()
+    vae, hq = r.chapter_end(r.Run(tmp_path / "run", cfg), pairs), pairs.some(4).hq
+    with torch.no_grad():
+        z = theirs.encode(hq).latent_dist.mean
+        close(vae.encode(hq), z / z.std(), 1e-4)
+        close(vae.decode(vae.encode(hq)), theirs.decode(z).sample, 1e-4)
+    del state["decoder.conv_out.bias"]
+    r.save_file(state, file)
+    with pytest.raises(r.UserError, match="decoder.conv_out.bias is not there"):
+        r.chapter_end(r.Run(tmp_path / "bad", cfg), pairs)
 
 
 def test_unet_takes_odd_sizes_and_hears_time_and_prompt():
@@ -433,7 +388,8 @@ def test_kernels_sum_to_one_and_gaussian_has_its_variance():
     x2 = (torch.arange(21) - 10).float() ** 2
     close(k.sum(), torch.tensor(1.0), 1e-5)
     close((k.sum(0) * x2).sum(), torch.tensor(1.5 ** 2), 1e-3)
-    k = r.sinc_kernel(21, math.pi / 2)
+    k, variance = r.sinc_kernel(21, math.pi / 2)
+    assert math.exp(-variance * (math.pi / 2) ** 2 / 2) == pytest.approx(0.5)
     close(k.sum(), torch.tensor(1.0), 1e-5)
     response = torch.fft.fft2(k, s=(64, 64)).abs()
     assert response[0, 2] > 0.9 and response[0, 28] < 0.1           # passes low only
@@ -709,7 +665,7 @@ def test_every_stage_keeps_its_tensors_on_the_gpu(monkeypatch):
         batch = r.Batch(**{k: torch.rand(4, *n).to(cuda) for k, n in sizes.items()})
         for name in STAGES:
             rows = batch if name in ("adc", "pix") else None
-            model = m[name] = r.place(g.build(name, m, cfg, rows))
+            model = m[name] = g.build(name, m, cfg, rows).to(cuda)
             stage = {"vae": r.vae_stage, "resshift": r.prior_stage}.get(name)
             step, rates = stage(model, cfg) if stage else g.stage_of(
                 name, model, m, cfg, lambda a, b: (a - b).abs().mean((1, 2, 3)))
@@ -829,13 +785,13 @@ def test_weights_files_are_checked(tmp_path):
     model, file = nn.Linear(2, 3), tmp_path / "w.safetensors"
     r.save_weights(model.state_dict(), file)
     twin = nn.Linear(2, 3)
-    r.fit_weights(twin.state_dict(), r.read_weights(file), file)
+    r.load_weights(twin.state_dict(), file)
     assert torch.equal(twin.weight, model.weight)
-    with pytest.raises(r.UserError, match=r"weight is \(3, 2\), not \(4, 2\)"):
-        r.fit_weights(nn.Linear(2, 4).state_dict(), r.read_weights(file), file)
+    with pytest.raises(r.UserError, match=r"\(3, 2\), the network's \(4, 2\)"):
+        r.load_weights(nn.Linear(2, 4).state_dict(), file)
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(r.UserError, match="not a weights file"):
-        r.read_weights(file)
+        r.load_weights(twin.state_dict(), file)
 
 
 # ---- gendr_pix.py, 1 and 2: scores and LoRA ------------------------------------------
@@ -1311,10 +1267,6 @@ def test_scores_set_by_hand_replace_the_estimators():
     close(g.restore(model, estimator, lq, 4, scores=estimator(lq)), own, 1e-5)
     other = g.restore(model, estimator, lq, 4, scores=torch.tensor([[0.9, 0.1]]))
     assert not torch.allclose(other, own, atol=1e-3)
-    assert torch.equal(g.score_pair("0.25,1"), torch.tensor([[0.25, 1.0]]))
-    for bad in ("0.5", "a,b", "0.2,1.5"):
-        with pytest.raises(ValueError):
-            g.score_pair(bad)
 
 
 def test_guidance_at_weight_one_is_the_positive_branch_in_latent_space():
@@ -1324,24 +1276,24 @@ def test_guidance_at_weight_one_is_the_positive_branch_in_latent_space():
         close(g.guided(gendr, x, 1.0, scores), gendr(x, scores), 1e-4)
 
 
-def test_spearman_and_live_bytes_by_hand():
+def test_spearman_and_peak_memory_by_hand():
     a = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert g.spearman(a, a ** 3) == pytest.approx(1) and g.spearman(a, -a) == \
         pytest.approx(-1)
     assert g.spearman(a, torch.tensor([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
     tied = torch.tensor([1.0, 2.0, 2.0, 3.0])                # ranks 1, 2.5, 2.5, 4
     assert g.spearman(a, tied) == pytest.approx(4.5 / math.sqrt(5 * 4.5))
-    with g.LiveBytes() as live:
-        x = torch.zeros(1000)                                # 4,000 bytes
-        y = x + 1                                            # 8,000 alive
-        del x
-        z = y * 2                                            # 8,000 again
+    x = torch.zeros(1, 1000)
+
+    def function():
+        y = x + 1                                            # 4,000 bytes
+        z = y * 2                                            # 8,000 alive
+        del y
         z += 1                                               # in place: nothing new
-    assert live.peak == 8000 and z[0] == 3
-    layer, x = nn.Linear(100, 10), torch.zeros(1, 100)
-    with g.LiveBytes() as live, torch.no_grad():
-        layer(x)
-    assert live.peak == 40                                   # the output, no weights
+        return z * 2                                         # 8,000 again
+    assert g.measure(function, MICRO)[1] == 8000
+    layer = nn.Linear(1000, 10).requires_grad_(False)
+    assert g.measure(lambda: layer(x), MICRO)[1] == 40     # no weights, no input
 
 
 def test_ablation_trains_every_row_and_goes_on_where_it_stopped(tmp_path, in_project,
@@ -1369,16 +1321,6 @@ def test_ablation_trains_every_row_and_goes_on_where_it_stopped(tmp_path, in_pro
                zip(table[k], again[k]))
     printed = capsys.readouterr().out
     assert all(f"\n{name} " in printed for name in g.ABLATED)
-
-
-def test_the_figure_of_scores_draws_a_grid(tmp_path):
-    model, _ = awake_restorer()
-    hq = photo(64)
-    pair = r.SimpleNamespace(hq=hq, lq=r.degrade(hq, MICRO, rng())[0], name="a")
-    m = {"pix": model, "estimator": g.DegradationEstimator(MICRO)}
-    g.draw_scores(m, pair, MICRO, tmp_path / "s.png")
-    array = np.array(Image.open(tmp_path / "s.png").convert("RGB"))
-    assert array.shape[1] > 800 and array.std() > 20
 
 
 # ---- the commands --------------------------------------------------------------------
@@ -1515,7 +1457,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(finished, tmp_path):
              (("--run", tmp_path / "none", "--input", "a.png"), "train first"),
              ((*train, tmp_path / "x"), "no pictures"),
              ((*train, tmp_path / "thumbs"), "no picture has a 128 pixel crop"),
-             (("--input", "a.png", "--degradation", "2,1"), "--degradation"),
+             (("--input", "a.png", "--degradation", 2, 1), "--degradation"),
+             (("--bench", "--tiny", "--size", 20), "multiple of 8"),
              (("--run", folder, "--eval", "--ranges", "mild"), "not use --ranges"),
              (("--input", "a.png", "--scale", 2), "not use --scale"),
              (("--run", folder, "--input", HERE / "tiny_data/val/lq/rocket.png",
@@ -1542,7 +1485,7 @@ def test_the_scripts_keep_their_shape():
                 assert node.end_lineno - node.lineno < 50, node.name
 
 
-@pytest.mark.xfail(strict=True, reason="the budget is missed, by about 400 lines")
+@pytest.mark.xfail(strict=True, reason="the budget is missed, by about 170 lines")
 def test_the_line_budget():
     lines = [len((HERE / name).read_text().splitlines()) for name in
              ("resshift.py", "gendr_pix.py")]
