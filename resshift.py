@@ -50,15 +50,15 @@ PRESETS = ("tiny", "small", "full")
 TABLE = dict(
     # data
     train_data="tiny_data/train", val_data="tiny_data/val", scale=4,
+    val_draws=3,                         # degradations of each held-out picture
     crop=(128, 256, 512),                # HQ training crop, pixels
-    pool=(4096, 0, 0),                   # pairs kept in memory; 0: new ones every step,
+    pool=(2048, 0, 0),                   # pairs kept in memory; 0: new ones every step,
     workers=(0, 8, 8),                   # made by this many processes
-    ranges=("real-esrgan", "mild", "mild"),    # of the degradation: a row of RANGES
+    ranges=("light", "mild", "mild"),    # of the degradation: a row of RANGES
     # the chain (ResShift)
     space="latent",                      # "latent": VAE; "pixel": pixel-unshuffle
     steps=15, kappa=2.0, power=0.3,      # T; noise strength; p, the shifting speed
-    eta_1=(0.6, 0.0, 0.0), eta_T=0.999,  # 0: the paper's min((0.04 / kappa)^2, 0.001);
-                                         # tiny stays near the mean: README
+    eta_1=0.0, eta_T=0.999,              # 0: the paper's min((0.04 / kappa)^2, 0.001)
     # the networks
     unet_widths=((48, 96, 144), (128, 256, 384, 384), (320, 640, 1280, 1280)),
     unet_blocks=(1, 2, 2), groups=(16, 32, 32),        # residual blocks a level
@@ -75,21 +75,24 @@ TABLE = dict(
     estimator_width=(16, 48, 48),
     # training
     batch=(8, 16, 8), estimator_batch=32, vae_crop=(64, 128, 256),
-    vae_steps=(100, 30_000, 500_000), prior_steps=(500, 100_000, 500_000),
-    estimator_steps=(2500, 5000, 20_000), gendr_steps=(300, 40_000, 100_000),
-    adc_steps=(150, 20_000, 100_000), pix_steps=(150, 30_000, 100_000),
+    vae_steps=(10, 30_000, 500_000), prior_steps=(2200, 100_000, 500_000),
+    estimator_steps=(1800, 5000, 20_000),
+    start_steps=(300, 30_000, 80_000), gendr_steps=(100, 10_000, 20_000),
+    adc_steps=(80, 20_000, 100_000), pix_steps=(80, 30_000, 100_000),
     ablate_steps=(100, 4000, 10_000),    # of GenDR, for each row of --ablate
     learning_rate=(5e-4, 1e-4, 1e-5),    # of the prior
-    vae_learning_rate=(1e-3, 5e-4, 1e-4), estimator_learning_rate=(3e-3, 1e-3, 1e-3),
-    gendr_learning_rate=(1e-3, 5e-5, 1e-5), fake_learning_rate=(1e-3, 1e-4, 1e-4),
+    vae_learning_rate=(1e-5, 5e-4, 1e-4), estimator_learning_rate=(3e-3, 1e-3, 1e-3),
+    start_learning_rate=(1e-3, 5e-5, 1e-5), gendr_learning_rate=(5e-4, 5e-5, 1e-5),
+    fake_learning_rate=(1e-3, 1e-4, 1e-4),
     student_learning_rate=(3e-4, 5e-5, 5e-5),    # stages I and II
     critic_learning_rate=(1e-3, 1e-4, 1e-4),
     warmup=(20, 200, 200), ema=(0.99, 0.999, 0.999), clip=1.0,     # gradient norm
     vae_kl=1e-6, negative=0.05,          # share of online negatives (S3Diff)
     guidance=1.07,                       # S3Diff's weight; GenDR-Pix prints none
-    distill="cid", xi=1.0,               # "none", "vsd", "sid" or "cid"; SiD's alpha
-    cid_guidance=1.5,                    # f_phi's; open in GenDR, as xi and the next 5
-    cid_t_min=1, cid_t_max=0, lambda_cid=0.1, lambda_cid_adv=0.05,     # 0: T
+    distill="vsd", xi=1.0,               # "none", "vsd", "sid" or "cid"; SiD's alpha
+    cid_guidance=1.5,                    # f_phi's; open in GenDR, as xi and the next 4
+    distill_t=5,                         # t is drawn in 1 .. distill_t
+    lambda_distill=1.0, lambda_distill_adv=0.0, lambda_mean=10.0,
     fake_steps=1,                        # fake score steps for each of the generator
     lambda_adv=0.05, lambda_lpips=1.0, lambda_fourier=0.1,     # GenDR-Pix's stage II
     least_squares=True,                  # start new ends in closed form
@@ -98,7 +101,7 @@ TABLE = dict(
     unet_weights="", vae_weights="",     # as .safetensors, under diffusers' names
     seed=0, precision=("fp32", "bf16", "bf16"),            # autocast, on CUDA alone
     checkpointing=(False, False, True),  # U-Net activations again in the backward pass
-    save_every=(100, 1000, 1000), log_every=(100, 200, 200))
+    save_every=(200, 1000, 1000), log_every=(200, 200, 200))
 
 Config = dataclasses.make_dataclass("Config", [
     (k, type(v), v) for k, v in ((k, v[1] if isinstance(v, tuple) else v)
@@ -462,13 +465,31 @@ class VaeHalf(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
+@torch.no_grad()
+def fit_conv(conv, x, y, ridge=1e-4):
+    """Set a stride-1 convolution to the least-squares map from x to y: (B, ., h, w).
+
+    Normal equations in float64; the ridge is relative to the patches' mean variance.
+    """
+    k = conv.kernel_size[0]
+    x = rearrange(F.unfold(x, k, padding=k // 2), "b c n -> (b n) c").double()
+    y = rearrange(y, "b c h w -> (b h w) c").double()
+    mx, my = x.mean(0), y.mean(0)
+    x, y = x - mx, y - my
+    gram = x.T @ x
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    weight = torch.linalg.solve(gram, x.T @ y)
+    conv.weight.copy_(weight.T.reshape(conv.weight.shape))
+    conv.bias.copy_(my - mx @ weight)
+
+
 class VAE(nn.Module):
     """AutoencoderKL with f = 8 and 16 channels: the end of chapters 1 and 2.
 
-    Small presets add a linear skip around each half (`vae_skip`, not in the paper):
-    1x1 convolutions between the 192 channels of pixel-unshuffle and the latent.  They
-    start as the principal components of 8x8 patches, and the last convolution beside
-    them at zero, so that training starts from the best linear autoencoder.
+    Small presets add a linear skip around each half (`vae_skip`, not in the paper): a
+    1x1 convolution from the 192 channels of pixel-unshuffle to the latent, and a 3x3
+    back, so that a patch is drawn from its neighbours too: less of an 8x8 grid.  They
+    start in closed form, and the convolutions beside them at zero.
     """
 
     def __init__(self, cfg):
@@ -483,32 +504,22 @@ class VAE(nn.Module):
         self.shuffle = PixelShuffle(self.factor) if cfg.vae_skip else None
         if cfg.vae_skip:
             self.skip_in = nn.Conv2d(self.shuffle.channels, c, 1)
-            self.skip_out = nn.Conv2d(c, self.shuffle.channels, 1)
+            self.skip_out = nn.Conv2d(c, self.shuffle.channels, 3, padding=1)
 
     @torch.no_grad()
-    def start_from_pca(self, images):
-        """Set the skips to the patches' principal axes: z = V^T (K patch - mean).
-
-        K halves the chroma (`opponent`), as every codec does: a component is worth
-        what it saves in luma.  Logvar starts at -6, a posterior deviation of 0.05.
-        """
-        n, c = self.shuffle.channels, self.channels
-        eye = torch.eye(n, device=images.device)[:, :, None, None]
-        k = self.shuffle.encode(opponent(self.shuffle.decode(eye)))
-        k = k[:, :, 0, 0].T.double()                           # (192, 192)
+    def start_linear(self, images):
+        """skip_in: the principal axes V of 8x8 patches, z = g V^T (patch - mean), g for
+        unit variance.  skip_out: the least-squares way back.  Logvar starts at -6."""
         x = rearrange(self.shuffle.encode(images).double(), "b c h w -> (b h w) c")
-        x = x @ k.T
-        mean = x.mean(0)
-        variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-        axes, gain = axes[:, -c:], variance[-c:].mean().rsqrt()   # unit mean variance
-        back = torch.linalg.inv(k)
-        self.skip_in.weight.copy_((gain * axes.T @ k)[:, :, None, None])
-        self.skip_in.bias.copy_(-gain * axes.T @ mean)
-        self.skip_out.weight.copy_((back @ axes / gain)[:, :, None, None])
-        self.skip_out.bias.copy_(back @ mean)
+        variance, axes = torch.linalg.eigh(torch.cov(x.T))
+        axes = axes[:, -self.channels:].T * variance[-self.channels:].mean().rsqrt()
+        self.skip_in.weight.copy_(axes[:, :, None, None])
+        self.skip_in.bias.copy_(-axes @ x.mean(0))
         for p in (*self.quant_conv.parameters(), *self.decoder.conv_out.parameters()):
             p.zero_()
-        self.quant_conv.bias[c:] = -6.0
+        self.quant_conv.bias[self.channels:] = -6.0
+        y = self.shuffle.encode(images)
+        fit_conv(self.skip_out, self.skip_in(y), y)
 
     def posterior(self, x):
         """q(z | x) = N(mean, exp(logvar)): two (B, 16, H/8, W/8), for training only."""
@@ -609,17 +620,19 @@ class Draws:
 
 
 def vae_stage(vae, cfg):
-    """mean (opponent(x - D(z)))^2 + cfg.vae_kl * KL( q(z | x) || N(0, I) ), on crops.
+    """mean (x - D(z))^2 + cfg.vae_kl * KL( q(z | x) || N(0, I) ), on small crops.
 
-    KL = 1/2 sum (mean^2 + exp(logvar) - 1 - logvar), a sum over the latent.
+    KL = 1/2 sum (mean^2 + exp(logvar) - 1 - logvar), a sum over the latent.  A quarter
+    of the crops is LQ, which the VAE has to pass as well (not in the paper).
     """
     def step(batch, draws):
         top, left = (draws.dice.randrange(cfg.crop - cfg.vae_crop + 1) for _ in "yx")
-        hq = batch.hq[:, :, top:top + cfg.vae_crop, left:left + cfg.vae_crop]
-        mean, logvar = vae.posterior(hq)
+        x = torch.cat([batch.hq[len(batch.hq) // 4:], batch.lq_up[:len(batch.hq) // 4]])
+        x = x[:, :, top:top + cfg.vae_crop, left:left + cfg.vae_crop]
+        mean, logvar = vae.posterior(x)
         z = mean + (logvar / 2).exp() * draws.noise(mean)
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-        error = opponent(vae.decode(z * vae.scale) - hq).square().mean()
+        error = F.mse_loss(vae.decode(z * vae.scale), x)
         yield vae, {"mse": error, "kl": cfg.vae_kl * kl}
     return step, {vae: cfg.vae_learning_rate}
 
@@ -782,7 +795,8 @@ def chapter_end(run, pairs=None):
             load_weights(vae.state_dict(), cfg.vae_weights, skip=("scale",))
         else:
             if cfg.vae_skip:
-                vae.start_from_pca(pairs.some(512).hq)
+                batch = pairs.some(256)                        # blur has to pass, too
+                vae.start_linear(torch.cat([batch.hq, batch.lq_up]))
             train(run, "vae", vae_stage(vae, cfg), pairs, cfg.vae_steps)
         with torch.no_grad():
             vae.scale.copy_(vae.encode(pairs.some(64).hq).std().reciprocal())
@@ -806,22 +820,22 @@ def chapter_prior(run, pairs=None):
             load_weights(prior.unet.state_dict(), cfg.unet_weights,
                          skip=("conv_in.", "conv_out."))
         train(run, "resshift", prior_stage(prior, cfg), pairs, cfg.prior_steps)
-        errors = error_by_time(prior, pairs)
-        run.log("resshift", cfg.prior_steps,
-                {f"mse at t={i + 1}": e for i, e in enumerate(errors)})
-        print("mse of x0 at t = 1 .. T:", " ".join(f"{e:.3f}" for e in errors))
     return chapter(run, "resshift", lambda: ResShift(cfg), pairs and teach)
 
 
 @torch.no_grad()
-def error_by_time(prior, pairs):
-    """Mean squared error of x0 for every t = 1 .. T, on 64 pairs: T floats."""
-    batch, errors, chain = pairs.some(64), [], prior.chain
-    noise = noise_like(batch.z_hq, torch.Generator().manual_seed(0))
-    for t in torch.arange(1, chain.steps + 1)[:, None].expand(-1, len(noise)):
-        x_t = chain.q_sample(batch.z_hq, batch.z_lq, t, noise)
-        errors.append(F.mse_loss(prior(x_t, batch.z_lq, t), batch.z_hq).item())
-    return errors
+def error_by_time(prior, end, held):
+    """Mean squared error of the latent x0 at t = 1 .. T, on held-out pairs."""
+    errors, chain = torch.zeros(prior.chain.steps), prior.chain
+    for p in held:
+        x0 = end.encode(pad_to(p.hq, end.factor))
+        y0 = end.encode(pad_to(upsample(p.lq, p.hq.shape[2] // p.lq.shape[2]),
+                               end.factor))
+        noise = noise_like(x0, torch.Generator().manual_seed(0))
+        for t in torch.arange(1, chain.steps + 1).split(1):
+            guess = prior(chain.q_sample(x0, y0, t, noise), y0, t)
+            errors[t - 1] += F.mse_loss(guess, x0).cpu() / len(held)
+    return errors.tolist()
 
 
 @torch.no_grad()
@@ -847,12 +861,18 @@ RANGES = {                               # pairs: first stage, second stage
         resize=((0.15, 1.5), (0.3, 1.2)),        # factors, relative to HQ and to LQ
         gaussian=((1, 30), (1, 25)),             # sigma of the noise, / 255
         poisson=((0.05, 3.0), (0.05, 2.5)),      # scale of shot noise
-        jpeg=((30, 95), (30, 95)), second_blur=0.8),
+        jpeg=((30, 95), (30, 95)), second_blur=0.8,
+        sinc=1 / 3),                             # the last filter's least cutoff, / pi
     "mild": SimpleNamespace(
         sigma=((0.2, 1.5), (0.2, 1.0)), shape=((0.5, 2.0), (1.0, 1.5)),
         resize=((0.3, 1.5), (0.6, 1.2)), gaussian=((1, 15), (1, 12)),
         poisson=((0.05, 2.0), (0.05, 1.0)), jpeg=((60, 95), (60, 100)),
-        second_blur=0.5)}
+        second_blur=0.5, sinc=1 / 3),
+    "light": SimpleNamespace(            # ours, for tiny: leaves letters to read
+        sigma=((0.2, 0.8), (0.2, 0.5)), shape=((0.5, 2.0), (1.0, 1.5)),
+        resize=((0.6, 1.2), (0.9, 1.1)), gaussian=((1, 8), (1, 5)),
+        poisson=((0.05, 0.8), (0.05, 0.4)), jpeg=((75, 95), (85, 100)),
+        second_blur=0.3, sinc=0.7)}
 KERNELS = {"iso": 0.45, "aniso": 0.25, "generalised iso": 0.12,
            "generalised aniso": 0.03, "plateau iso": 0.12, "plateau aniso": 0.03}
 RESIZE = ((0.2, 0.7, 0.1), (0.3, 0.4, 0.3))       # up, down, keep in the two stages
@@ -952,7 +972,7 @@ def degrade_one(hq, cfg, dice, rng):
     x = x if sinc_first else jpeg(x, quality)
     x, clean = both(resize, small)
     if dice.random() < SINC_FINAL:
-        kernel, v = sinc_kernel(21, dice.uniform(math.pi / 3, math.pi))
+        kernel, v = sinc_kernel(21, math.pi * dice.uniform(ranges.sinc, 1))
         (x, clean), variance = both(blur, kernel), variance + v
     x, clean = x.clamp(0, 1), clean.clamp(0, 1)
     x = jpeg(x, quality) if sinc_first else x
@@ -1045,12 +1065,6 @@ def luma(x):
     return (x * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
-def opponent(x):
-    """RGB with its chroma halved: y + (x - y) / 2, y its luma.  Not in the paper."""
-    y = luma(x)
-    return y + (x - y) / 2
-
-
 def studio_y(x):
     """Y of BT.601 in 16 .. 235, from [0, 1] RGB, unrounded: (B, 1, H, W), float64."""
     return 219 * luma(x.double()) + 16
@@ -1074,6 +1088,58 @@ def ssim(a, b):
     contrast = (2 * (ab - mu_a * mu_b) + c2) / (aa - mu_a ** 2 + bb - mu_b ** 2 + c2)
     luminance = (2 * mu_a * mu_b + c1) / (mu_a ** 2 + mu_b ** 2 + c1)
     return (luminance * contrast.clamp(min=0)).mean((1, 2, 3))
+
+
+def spectrum(y, bands=31):
+    """Mean of 10 log10 P over 31 rings of radial frequency up to 1/2: (B, 31) dB.
+
+    P: power of the luma in grey levels^2, Hann window, mean removed; y in [-1, 1].  The
+    mean of the log, so that a few spikes do not pass for detail; P below 1e-3 counts
+    as 1e-3.
+    """
+    grey = 255 * luma(to_unit(y).double())[:, 0]
+    rows, columns = (torch.hann_window(n, dtype=grey.dtype, device=y.device) for n in
+                     grey.shape[1:])
+    window = rows[:, None] * columns
+    grey = (grey - grey.mean((1, 2), keepdim=True)) * window
+    power = torch.fft.fft2(grey).abs().square() / window.square().sum()
+    v, u = (torch.fft.fftfreq(n, device=y.device) for n in grey.shape[1:])
+    ring = ((v[:, None] ** 2 + u ** 2).sqrt() * 2 * bands).long()
+    level = 10 * torch.log10(power.clamp(min=1e-3))
+    return torch.stack([level[:, ring == k].mean(1) for k in range(bands)], dim=1)
+
+
+def spectral_distance(y, hq):
+    """Mean |difference| of two pictures' `spectrum`: (B,) dB; blur and noise raise it.
+
+    Read it beside LPIPS and the lattice peak: noise and grids are "detail" to it.
+    """
+    return (spectrum(y) - spectrum(hq)).abs().mean(1)
+
+
+def lattice(y):
+    """(peak (B,) dB, amplitude (B,) grey levels) of a repeated 8x8 pattern in y.
+
+    peak: the mean over the 63 points (k/8, l/8) but (0, 0) of 10 log10(power there /
+    mean power of its 7x7 neighbourhood without the inner 3x3); chance gives -2.5.
+    amplitude: the RMS of what stands above the neighbourhood.  Luma on 8-bit levels;
+    y (B, 3, H, W) in [-1, 1], sides multiples of 8.
+    """
+    grey = luma(to_bytes(y).double())
+    grey = grey - grey.mean((2, 3), keepdim=True)
+    power = torch.fft.fft2(grey, norm="ortho").abs() ** 2
+    ring = torch.ones(1, 1, 7, 7).to(power)
+    ring[:, :, 2:5, 2:5] = 0
+    near = F.conv2d(F.pad(power, (3, 3, 3, 3), "circular"), ring) / ring.sum()
+    h, w = (n // 8 for n in y.shape[2:])
+    power, near = (x[:, 0, ::h, ::w].flatten(1)[:, 1:] for x in (power, near))
+    peak = 10 * torch.log10(power.clamp(min=1e-9) / near.clamp(min=1e-9)).mean(1)
+    return peak, ((power - near).clamp(min=0).sum(1) / grey[0].numel()).sqrt()
+
+
+def lattice_peak(y):
+    """`lattice`'s peak: (B,) dB."""
+    return lattice(y)[0]
 
 
 class Perceptual(nn.Module):
@@ -1106,7 +1172,7 @@ class Perceptual(nn.Module):
 
 @torch.no_grad()
 def evaluate(methods, held, lpips):
-    """{method: {"psnr", "ssim", "lpips", "ms": means, "each": [...], "pictures"}}.
+    """{method: {**means, "ms", "each": [{"psnr", "ssim", ...}], "pictures": [...]}}.
 
     methods: {name: function of a held-out pair -> (1, 3, H, W) in [-1, 1]}.
     """
@@ -1116,9 +1182,11 @@ def evaluate(methods, held, lpips):
         pictures = [method(pair).float().clamp(-1, 1) for pair in held]
         ms = 1000 * (time.perf_counter() - started) / len(held)
         for y, pair in zip(pictures, held):
-            a, b = to_unit(y), to_unit(pair.hq)
+            a, b, (peak, amplitude) = to_unit(y), to_unit(pair.hq), lattice(y)
             each.append({"psnr": psnr(a, b).item(), "ssim": ssim(a, b).item(),
-                         "lpips": lpips(y, pair.hq).item()})
+                         "lpips": lpips(y, pair.hq).item(),
+                         "spectral": spectral_distance(y, pair.hq).item(),
+                         "lattice": peak.item(), "lattice_amplitude": amplitude.item()})
         mean = {k: sum(e[k] for e in each) / len(each) for k in each[0]}
         table[name] = {**mean, "ms": ms, "each": each, "pictures": pictures}
     return table
@@ -1141,7 +1209,8 @@ def print_table(title, rows, columns):
 
 
 QUALITY = {"psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"),
-           "ms": ("ms", ".0f")}          # `print_table`'s columns of `evaluate`
+           "spectral": ("spectral dB", ".1f"), "lattice": ("lattice dB", ".1f"),
+           "lattice_amplitude": ("grey", ".2f"), "ms": ("ms", ".0f")}
 
 
 # ---- 10. Training pairs (skim) -------------------------------------------------------
@@ -1206,39 +1275,39 @@ class Pairs(Dataset):
                      for i in range(first, steps) for j in range(n))
             yield from map(self.batch, self.make(seeds, n))
 
-    def add(self, name, function):
-        """Let function(batch) fill the field `name`: now for a pool, else when read."""
+    def add(self, name, function, keep=True):
+        """Let function(batch) fill the field `name`: when it is read, or (keep) now and
+        for the whole pool, where there is one: worth it for what is read often."""
         self.teachers[name], n = function, self.cfg.batch
         self.kept.pop(name, None)                              # an older one
-        if self.kept:
+        if self.kept and keep:
             self.kept[name] = torch.cat([
                 getattr(self.batch(self.kept, slice(i, i + n)), name).cpu() for i in
                 tqdm(range(0, self.cfg.pool, n), name, disable=quiet())])
 
 
 def random_crop(photo, size, dice):
-    """A size x size crop of photo (1, 3, H, W): shrunk, turned, mirrored, recoloured.
+    """A size x size crop of photo (1, 3, H, W): shrunk, mirrored, recoloured.
 
-    Half of the crops come from a photo scaled down by 1 .. 0.5, half get their colour
+    Half of the crops come from a photo scaled down by 1 .. 0.7, half get their colour
     channels permuted: few photographs must teach many.
     """
     if dice.random() < 0.5:
-        factor = dice.uniform(max(0.5, size / min(photo.shape[2:])), 1)
+        factor = dice.uniform(max(0.7, size / min(photo.shape[2:])), 1)
         shape = [max(size, round(n * factor)) for n in photo.shape[2:]]
         photo = F.interpolate(photo, shape, mode="bicubic", antialias=True)
     top, left = (dice.randrange(n - size + 1) for n in photo.shape[2:])
     crop = photo[:, :, top:top + size, left:left + size]
-    crop = torch.rot90(crop, dice.randrange(4), (2, 3))
     if dice.random() < 0.5:
         crop = crop[:, dice.sample(range(3), 3)]
     return (crop.flip(3) if dice.random() < 0.5 else crop).clamp(-1, 1)
 
 
 def held_out(cfg, folder=None):
-    """Held-out photos: a list of (name, hq, lq, scores), the tensors with B = 1.
+    """Held-out photos: (name, group, hq, lq, scores) each; group: its folder's name.
 
-    Each is degraded with a seed of its own, whatever cfg.seed.  A folder with lq/ and
-    hq/ inside gives real pairs, by name; their scores are nan.
+    Each is degraded cfg.val_draws times, with seeds of its own, whatever cfg.seed.  A
+    folder with lq/ and hq/ inside gives real pairs, by name; their scores are nan.
     """
     folder, held, s = Path(folder or cfg.val_data), [], 8 * cfg.scale
     real = (folder / "lq").is_dir()
@@ -1255,11 +1324,13 @@ def held_out(cfg, folder=None):
             lq = from_pil(open_picture(other[name]))
             if hq.shape[2:] != tuple(n * cfg.scale for n in lq.shape[2:]):
                 raise UserError(f"{file}: not {cfg.scale} times as large as its LQ")
-        else:
-            hq = hq[:, :, :hq.shape[2] // s * s, :hq.shape[3] // s * s]
-            lq, scores = degrade(hq, cfg, torch.Generator().manual_seed(10_000 + i))
-        held.append(SimpleNamespace(name=name, hq=hq.to(device()), lq=lq.to(device()),
-                                    scores=scores))
+        hq = hq if real else hq[:, :, :hq.shape[2] // s * s, :hq.shape[3] // s * s]
+        for draw in range(1 if real else cfg.val_draws):
+            if not real:
+                rng = torch.Generator().manual_seed(10_000 + 100 * i + draw)
+                lq, scores = degrade(hq, cfg, rng)
+            held.append(SimpleNamespace(name=name, group=file.parent.name, hq=hq.to(
+                device()), lq=lq.to(device()), scores=scores))
     return held
 
 
@@ -1436,8 +1507,7 @@ def config_from(args):
     cfg = dataclasses.replace(preset(args["preset"]),
                               **{k: v for k, v in args.items() if k in TABLE})
     rules = {
-        "cid_t_min and cid_t_max are in 1 .. steps":
-            1 <= cfg.cid_t_min <= (cfg.cid_t_max or cfg.steps) <= cfg.steps,
+        "distill_t is in 1 .. steps": 1 <= cfg.distill_t <= cfg.steps,
         "steps is 2 or more": cfg.steps >= 2,
         "0 <= eta_1 < eta_T < 1": 0 <= cfg.eta_1 < cfg.eta_T < 1,
         "vae_widths has four levels: f = 8": len(cfg.vae_widths) == 4,

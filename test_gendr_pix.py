@@ -26,7 +26,7 @@ import resshift as r
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                   # the tests are the CPU's
 HERE = Path(__file__).parent
 MICRO = dataclasses.replace(
-    r.preset("tiny"), crop=32, pool=4, batch=4, steps=4, eta_1=0.0, ranges="mild",
+    r.preset("tiny"), crop=32, pool=4, batch=4, steps=4, distill_t=3, ranges="mild",
     unet_widths=(16, 32), head_width=16, groups=8, context_tokens=2, context_width=8,
     vae_widths=(8, 8, 8, 16), vae_groups=4, vae_crop=32, lora_rank=4,
     estimator_width=4, save_every=2, log_every=100, warmup=1, seed=3)
@@ -327,20 +327,31 @@ def test_pixel_shuffle_is_the_identity_and_torchs():
     assert torch.equal(z, nn.PixelUnshuffle(8)(x))
 
 
-def test_vae_starts_as_the_linear_autoencoder_and_never_samples():
+def test_held_out_pictures_have_groups_and_several_degradations(in_project):
+    cfg = dataclasses.replace(MICRO, val_data="tiny_data/val", val_draws=2)
+    held, again = r.held_out(cfg), r.held_out(dataclasses.replace(cfg, seed=9))
+    files = list(Path("tiny_data/val").rglob("*.png"))
+    assert len(held) == 2 * len(files) and {p.group for p in held} == {
+        "same_source", "other"}
+    assert torch.equal(held[0].hq, held[1].hq)
+    assert not torch.equal(held[0].lq, held[1].lq)
+    assert all(torch.equal(p.lq, q.lq) for p, q in zip(held, again))
+
+
+def test_the_linear_start_passes_what_is_linear_and_keeps_colours():
     vae = r.VAE(MICRO)
-    flat = randn(16, 3, 1, 1).expand(-1, -1, 16, 16).contiguous()   # rank 3: exact
-    vae.start_from_pca(flat)
+    flat = randn(16, 3, 1, 1).clamp(-1, 1).expand(-1, -1, 32, 32).contiguous()  # rank 3
+    vae.start_linear(flat)
     z = vae.encode(flat)
-    assert z.shape == (16, 16, 2, 2) and torch.equal(z, vae.encode(flat))
-    close(vae.decode(z), flat, 1e-3)
+    assert z.shape == (16, 16, 4, 4) and torch.equal(z, vae.encode(flat))
+    close(vae.decode(z)[..., 8:-8, 8:-8], flat[..., 8:-8, 8:-8], 2e-2)
 
 
 # ---- resshift.py, 5: the degradation -------------------------------------------------
 
 
 def photo(n=64):
-    picture = r.open_picture(HERE / "tiny_data/val/hq/cat_eyes.png")
+    picture = r.open_picture(HERE / "tiny_data/val/other/cat.png")
     return r.from_pil(picture)[:, :, :n, :n]
 
 
@@ -422,6 +433,43 @@ def test_ssim_of_one_window_in_numpy():
     expected = ((2 * ma * mb + c1) / (ma ** 2 + mb ** 2 + c1)
                 * (2 * cov + c2) / (va + vb + c2))
     assert abs(r.ssim(a, b).item() - expected) < 1e-6
+
+
+def noise_picture(n, std, seed):
+    """Grey white noise of `std` grey levels around 128: (1, 3, n, n) in [-1, 1]."""
+    grey = 127.5 + std * torch.randn(n, n, generator=rng(seed)).double()
+    return r.from_bytes(grey).double().expand(1, 3, n, n)
+
+
+def test_spectral_distance_of_filtered_noise_is_the_filters_response():
+    # A 3-tap binomial along x: |H|^2 = cos^4(pi u), the same noise on both sides.
+    hq = noise_picture(256, 10.0, 0)
+    y = (hq.roll(1, 3) + 2 * hq + hq.roll(-1, 3)) / 4
+    v, u = torch.fft.fftfreq(256)[:, None].double(), torch.fft.fftfreq(256).double()
+    level = 40 * (math.pi * u).cos().abs().clamp(min=1e-2).log10() + 0 * v
+    ring = ((v ** 2 + u ** 2).sqrt() * 62).long()
+    expected = torch.stack([level[ring == k].mean() for k in range(31)]).abs().mean()
+    assert r.spectral_distance(y, hq).item() == pytest.approx(expected.item(), abs=0.3)
+    assert r.spectral_distance(hq, hq).item() == 0
+    louder = noise_picture(256, 20.0, 1)                     # twice the noise: +6 dB
+    assert r.spectral_distance(louder, hq).item() == pytest.approx(
+        20 * math.log10(2), abs=0.3)
+
+
+def test_lattice_of_chance_and_of_a_known_pattern():
+    # One period-8 impulse of A grey levels has |FFT|^2 / (H W) = (A / 64)^2 H W at each
+    # of the 63 points; noise of std s, and rounding to 8 bits, s^2 + 1/12 beside it.
+    chance = torch.stack([r.lattice_peak(noise_picture(128, 4.0, s))
+                          for s in range(40)])
+    assert chance.mean().item() == pytest.approx(-2.5, abs=0.4)      # E 10 log10 Exp(1)
+    a, s, n = 32.0, 2.0, 128
+    pattern = torch.zeros(n, n).double()
+    pattern[3::8, 5::8] = a
+    y = noise_picture(n, s, 3) + pattern / 127.5
+    peak, amplitude = r.lattice(y)
+    expected = 10 * math.log10((a / 64) ** 2 * n * n / (s ** 2 + 1 / 12))
+    assert peak.item() == pytest.approx(expected, abs=0.6)
+    assert amplitude.item() == pytest.approx(math.sqrt(63) * a / 64, rel=0.05)
 
 
 def test_bytes_and_floats_round_trip():
@@ -508,7 +556,7 @@ def world(tmp_path, cfg=MICRO, frozen=True):
     run, pairs = r.Run(tmp_path / "run", cfg), r.Pairs(cfg)
     pairs.fill()
     vae, prior = r.VAE(cfg), r.ResShift(cfg)
-    vae.start_from_pca(pairs.some(4).hq)
+    vae.start_linear(pairs.some(4).hq)
     vae.requires_grad_(False)
     prior.requires_grad_(not frozen)
     pairs.add("z_hq", lambda batch: vae.encode(batch.hq))
@@ -534,7 +582,7 @@ def test_every_stage_overfits_one_batch(stage, loss, steps, factor, tmp_path,
     cfg = dataclasses.replace(
         MICRO, negative=0.0, log_every=5, save_every=1000, learning_rate=5e-3,
         gendr_learning_rate=5e-3, student_learning_rate=3e-3, vae_learning_rate=3e-3,
-        ema=0.5, distill="cid", lambda_cid=0.1, lambda_cid_adv=0.05)
+        ema=0.5, distill="cid", lambda_distill=0.1, lambda_distill_adv=0.05)
     run, pairs, vae, prior = world(tmp_path, cfg, stage != "resshift")
     play_stage(stage, steps, run, pairs, vae, prior)
     first, last = first_and_last(run, stage, loss)
@@ -553,7 +601,7 @@ def play_stage(name, steps, run, pairs, vae, prior, at_start=lambda model: None)
         m["adc"] = g.build("adc", m, cfg, rows).requires_grad_(False)
     model = prior if name == "resshift" else g.build(name, m, cfg, rows)
     if name == "vae":
-        model.start_from_pca(pairs.some(4).hq)
+        model.start_linear(pairs.some(4).hq)
     at_start(model)
     stage = {"vae": r.vae_stage, "resshift": r.prior_stage}.get(name)
     stage = stage(model, cfg) if stage else g.stage_of(
@@ -566,7 +614,7 @@ def play_stage(name, steps, run, pairs, vae, prior, at_start=lambda model: None)
                                    "pix"])
 def test_a_killed_stage_resumes_bit_for_bit(stage, tmp_path, in_project, monkeypatch):
     no_backbone(monkeypatch)
-    cfg = dataclasses.replace(MICRO, lambda_cid_adv=0.1)
+    cfg = dataclasses.replace(MICRO, lambda_distill_adv=0.1)
 
     def trained(folder, kill_at=None):
         torch.manual_seed(1)
@@ -649,8 +697,8 @@ def moved(module, device, **_):
 def test_every_stage_keeps_its_tensors_on_the_gpu(monkeypatch):
     """Fake CUDA tensors, without a GPU: one that stays on the CPU raises."""
     cuda = torch.device("cuda", 0)
-    cfg = dataclasses.replace(MICRO, distill="cid", lambda_cid_adv=0.1, vae_lora_rank=2,
-                              negative=0.5)
+    cfg = dataclasses.replace(MICRO, distill="cid", lambda_distill_adv=0.1,
+                              vae_lora_rank=2, negative=0.5)
     for script in (r, g):
         monkeypatch.setattr(script, "device", lambda: cuda)
     monkeypatch.setattr(nn.Module, "to", moved)
@@ -746,7 +794,7 @@ def train_every_stage(folder, batch):
     # moves a weight by a part of the learning rate: 3 small steps keep it under 1e-5.
     cfg = dataclasses.replace(
         MICRO, batch=batch, estimator_batch=batch, pool=8, negative=0.3,
-        lambda_cid_adv=0.1, **{f"{k}learning_rate": 3e-4 for k in (
+        lambda_distill_adv=0.1, **{f"{k}learning_rate": 3e-4 for k in (
             "", "gendr_", "student_", "critic_", "vae_", "estimator_", "fake_")})
     for stage in STAGES:
         torch.manual_seed(1)
@@ -801,7 +849,7 @@ def awake_restorer(cfg=MICRO, seed=0):
     """A GenDR whose prior, LoRA and prompts all have random weights."""
     torch.manual_seed(seed)
     prior, vae = wake(r.ResShift(cfg)).requires_grad_(False), r.VAE(cfg)
-    vae.start_from_pca(randn(8, 3, 32, 32))
+    vae.start_linear(randn(8, 3, 32, 32))
     return g.gendr_from_prior(prior, vae, cfg), prior
 
 
@@ -1077,7 +1125,7 @@ def test_distillation_guides_weighs_and_shares_the_base_network():
     gendr, prior = awake_restorer()
     fake = g.fake_score_from(prior, MICRO)
     z, z_h, y0 = (randn(2, 16, 4, 4, seed=s) for s in (1, 2, 3))
-    cfg = dataclasses.replace(MICRO, distill="cid", cid_t_max=2, cid_guidance=1.5)
+    cfg = dataclasses.replace(MICRO, distill="cid", distill_t=2, cid_guidance=1.5)
     z_t, t = g.noised(prior.chain, z, y0, r.Draws(7), cfg)
     assert set(t.tolist()) <= {1, 2}
     eta = prior.chain.at(prior.chain.eta, t, z)              # z_t is on the chain
@@ -1095,8 +1143,28 @@ def test_distillation_guides_weighs_and_shares_the_base_network():
     assert base is prior.unet.mid_block.resnets[0].conv1.weight      # one base network
 
 
+def test_distillation_leaves_a_latents_mean_to_the_regression():
+    gendr, prior = awake_restorer()
+    cfg = dataclasses.replace(MICRO, distill="vsd", lambda_mean=10.0)
+    z_l, z_h, z_g = (randn(2, 16, 4, 4, seed=s) for s in (1, 0, 2))
+    z_g.requires_grad_(True)
+    fake = wake(g.fake_score_from(prior, cfg))
+    g.distillation(prior, fake, z_g, z_h, z_l, r.Draws(1), cfg).backward()
+    assert z_g.grad.abs().max() > 1e-4
+    close(z_g.grad.mean((2, 3)), torch.zeros(2, 16), 1e-6)
+    batch = r.Batch(z_hq=z_h, z_lq=z_l, estimate=torch.rand(2, 2, generator=rng()))
+    cfg = dataclasses.replace(cfg, negative=0.0)
+    step, _ = g.gendr_stage(prior, gendr, cfg)
+    (_, losses), (_, fake_losses) = step(batch, r.Draws(0))
+    assert set(losses) == {"mse", "mean", "vsd"} and set(fake_losses) == {"fake"}
+    with torch.no_grad():
+        error = gendr.latent(batch) - z_h
+    close(losses["mse"], error.square().mean(), 1e-5)
+    close(losses["mean"], 10 * error.mean((2, 3)).square().mean(), 1e-5)
+
+
 def test_a_gendr_step_moves_all_three_players_and_nobody_else(tmp_path, in_project):
-    cfg = dataclasses.replace(MICRO, distill="cid", lambda_cid_adv=0.1)
+    cfg = dataclasses.replace(MICRO, distill="cid", lambda_distill_adv=0.1)
     run, pairs, vae, prior = world(tmp_path, cfg)
     wake(prior).requires_grad_(False)
     gendr = g.gendr_from_prior(prior, vae, cfg)
@@ -1147,7 +1215,6 @@ def test_masked_fourier_loss_of_a_period_8_pattern_in_closed_form():
     expected = 2 * amplitude / 2 * 64 / (64 * 9 - 9)
     close(g.masked_fourier_loss(y, torch.zeros_like(y)), torch.tensor(expected), 1e-5)
     assert g.fourier_mask(64, 64).sum() == 64 * 9 - 9
-    close(g.lattice_energy(y), torch.ones(1), 1e-5)
 
 
 class Blur(nn.Module):
@@ -1296,6 +1363,25 @@ def test_spearman_and_peak_memory_by_hand():
     assert g.measure(lambda: layer(x), MICRO)[1] == 40     # no weights, no input
 
 
+def test_claims_have_floors_and_bars_on_either_side():
+    row = {"psnr": 20.0, "lpips": 0.1, "spectral": 10.0, "lattice": 0.0}
+    t = {k: dict(row) for k in ("HQ", "VAE", *g.COLUMNS)}
+    bench = {f"GenDR-Pix{s}": {"faster": 3.0, "memory": -0.7} for s in ("", " guided")}
+    t["VAE"]["psnr"], t["regression"]["psnr"], t["GenDR"]["spectral"] = 29, 20.4, 5.9
+    rows = g.checks(t, bench, [0.1, 0.25])
+    said = {k: (g.reached(v, floor), g.reached(v, bar)) for k, (v, _, floor, bar) in
+            rows.items()}
+    assert said["VAE, PSNR"] == (True, False)                # 28 and 30 dB
+    assert said["prior's error at t = T over t = 1"] == (True, False)        # 2 and 3
+    assert said["regression, PSNR over bicubic"] == (True, False)    # 0.3 and 0.5 dB
+    assert said["GenDR, spectral distance of regression's"] == (True, True)
+    assert said["ResShift, spectral distance of bicubic's"] == (False, False)
+    assert said["GenDR, PSNR over ResShift"] == (False, False)       # equal is not over
+    t["GenDR-Pix"]["lattice"] = 9.0
+    name = "GenDR-Pix, lattice peak over HQ's"
+    assert not g.reached(*g.checks(t, bench, [1, 1])[name][:3:2])
+
+
 def test_ablation_trains_every_row_and_goes_on_where_it_stopped(tmp_path, in_project,
                                                                 monkeypatch, capsys):
     no_backbone(monkeypatch)
@@ -1308,15 +1394,14 @@ def test_ablation_trains_every_row_and_goes_on_where_it_stopped(tmp_path, in_pro
     held = [r.SimpleNamespace(hq=hq, lq=r.degrade(hq, MICRO, rng())[0], name="a")]
     lpips = r.Perceptual("alex")
     monkeypatch.setattr(r.Run, "lock", lambda self: None)    # parts twice in a process
-    estimator = m["estimator"]
-    table = g.ablate(run, estimator, pairs, held, lpips, steps=1, seeds=2)
+    table = g.ablate(run, m, pairs, held, lpips, steps=1, seeds=2)
     assert list(table) == list(g.ABLATED) and all(len(v) == 2 for v in table.values())
     start, plain = (table[k] for k in list(table)[:2])
     assert start[0]["psnr"] == start[1]["psnr"]              # no steps: no seed in it
     assert plain[0]["psnr"] != start[0]["psnr"]
     assert json.loads((run.folder / "rows.json").read_text()) == table
     monkeypatch.setattr(g, "train", None)                    # nothing is left to train
-    again = g.ablate(run, estimator, pairs, held, lpips, steps=1, seeds=2)
+    again = g.ablate(run, m, pairs, held, lpips, steps=1, seeds=2)
     assert all(a["psnr"] == b["psnr"] for k in table for a, b in
                zip(table[k], again[k]))
     printed = capsys.readouterr().out
@@ -1339,7 +1424,7 @@ def finished(tmp_path_factory):
     """A run of all chapters with a handful of steps and small networks."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
     flags = [*SMALL, "--size", 64, "--log-every", 2]
-    for name in ("vae", "prior", "estimator", "gendr", "adc", "pix"):
+    for name in ("vae", "prior", "estimator", "start", "gendr", "adc", "pix"):
         flags += [f"--{name}-steps", 2]
     done = command("gendr_pix.py", "--train", "--tiny", "--run", folder, *flags)
     return folder, done
@@ -1347,7 +1432,7 @@ def finished(tmp_path_factory):
 
 SMALL = ("--pool", 8, "--batch", 2, "--crop", 64, "--unet-widths", 16, 32, "--groups",
          8, "--head-width", 16, "--vae-widths", 8, 8, 8, 16, "--vae-groups", 4,
-         "--vae-crop", 32, "--steps", 4)
+         "--vae-crop", 32, "--steps", 4, "--distill-t", 3, "--val-draws", 1)
 
 
 def test_train_goes_through_every_stage_and_writes_every_file(finished):
@@ -1366,7 +1451,7 @@ def test_train_goes_through_every_stage_and_writes_every_file(finished):
     assert done.stdout.count("PASS") + done.stdout.count("FAIL") == 1
     passed = all(c["floor"] for c in metrics["checks"].values())
     assert (done.returncode == 0) == passed
-    for name in ("report.png",):
+    for name in ("report.png", "spectrum.png"):
         array = np.array(Image.open(folder / name).convert("RGB"))
         assert array.shape[1] > 600 and array.std() > 20     # not an empty page
 
@@ -1386,8 +1471,8 @@ def test_evaluation_on_real_pairs_measures_those_pairs_by_name(finished, tmp_pat
     folder, _ = finished
     for kind in ("lq", "hq"):
         (tmp_path / kind).mkdir()
-    pictures = HERE / "tiny_data/val/hq"
-    for name, lq_type in (("cat_eyes", "png"), ("portrait", "bmp")):
+    pictures = HERE / "tiny_data/val/other"
+    for name, lq_type in (("cat", "png"), ("portrait", "bmp")):
         hq = Image.open(pictures / f"{name}.png").convert("RGB").crop((0, 0, 120, 100))
         hq.save(tmp_path / f"hq/{name}.png")
         hq.resize((30, 25), Image.BICUBIC).save(tmp_path / f"lq/{name}.{lq_type}")
@@ -1395,7 +1480,7 @@ def test_evaluation_on_real_pairs_measures_those_pairs_by_name(finished, tmp_pat
     assert done.returncode == 0, done.stderr
     row = next(x for x in done.stdout.splitlines() if x.startswith("bicubic")).split()
     expected = []
-    for name in ("cat_eyes", "portrait"):
+    for name in ("cat", "portrait"):
         hq = r.from_pil(Image.open(tmp_path / f"hq/{name}.png"))
         lq = r.from_pil(Image.open(next((tmp_path / "lq").glob(f"{name}.*"))))
         expected.append(r.psnr(*map(r.to_unit, (r.upsample(lq, 4), hq))).item())
@@ -1433,7 +1518,7 @@ def test_compare_trains_every_row_and_prints_one_table(tmp_path):
 
 def test_a_picture_goes_in_and_comes_out_four_times_larger(finished, tmp_path):
     folder, _ = finished
-    lq = Image.open(HERE / "tiny_data/val/hq/dahlia.png").convert("RGB")
+    lq = Image.open(HERE / "tiny_data/val/other/dahlia.png").convert("RGB")
     lq = lq.resize((45, 37))
     lq.putalpha(128)
     lq.save(tmp_path / "lq.png")
@@ -1461,7 +1546,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(finished, tmp_path):
              (("--bench", "--tiny", "--size", 20), "multiple of 8"),
              (("--run", folder, "--eval", "--ranges", "mild"), "not use --ranges"),
              (("--input", "a.png", "--scale", 2), "not use --scale"),
-             (("--run", folder, "--input", HERE / "tiny_data/val/lq/rocket.png",
+             (("--run", folder, "--input", HERE / "tiny_data/val/other/cat.png",
                "--output", tmp_path / "up.png", "--passes", 1, "--guidance", 2),
               "does not use --guidance"),
              (("--train", "--tiny", "--distill", "magic"), "invalid choice"),
