@@ -445,10 +445,12 @@ def distillation(prior, fake_score, z_g, z_h, y0, draws, cfg):
 
     f_phi^cfg = f_neg + cid_guidance (f_pos - f_neg), the prior under its two prompts;
     w = 1 / mean |z_g - f_phi| of each sample (SiD's normaliser), without gradient.
+    Without a fake score f_psi is z_g, which is exact: given y0, G has one output.
     """
     z_t, t = noised(prior.chain, z_g, y0, draws, cfg)
     # In float: autocast's bfloat16 would drown small differences of predictions.
-    real, fake = prior(z_t, y0, t).float(), fake_score(z_t, y0, t).float()
+    real = prior(z_t, y0, t).float()
+    fake = fake_score(z_t, y0, t).float() if fake_score else z_g.detach()
     gap = (z_g - real).detach().abs().mean((1, 2, 3), keepdim=True)
     w = 1 / gap.clamp(min=1e-6)
     if cfg.distill == "vsd":
@@ -573,7 +575,8 @@ def gendr_stage(prior, student, cfg):
     first, then VSD at small t is what worked here (README); S3Diff regresses images,
     2 MSE + 5 LPIPS.  Outputs under the negative prompt go to VSD and D like all others.
     """
-    fake_score = fake_score_from(prior, cfg) if cfg.distill != "none" else None
+    distill = cfg.distill != "none"
+    fake_score = fake_score_from(prior, cfg) if distill and cfg.fake_steps else None
     critic = (Discriminator(one_step(prior, student.end_in), cfg)
               if cfg.lambda_distill_adv else None)
 
@@ -583,7 +586,7 @@ def gendr_stage(prior, student, cfg):
         z_g = student.latent(batch, prompt)
         losses = {"mse": F.mse_loss(z_g, target), "mean": cfg.lambda_mean * F.mse_loss(
             z_g.mean((2, 3)), target.mean((2, 3)))}
-        if fake_score:
+        if distill:
             losses[cfg.distill] = cfg.lambda_distill * distillation(
                 prior, fake_score, z_g, z_h, z_l, draws, cfg)
         if critic:
@@ -592,7 +595,7 @@ def gendr_stage(prior, student, cfg):
                              * F.softplus(-critic.judge(seen)).mean())
         yield student, losses
         z_g = z_g.detach()
-        for _ in range(cfg.fake_steps if fake_score else 0):
+        for _ in range(cfg.fake_steps if distill else 0):
             z_t, t = noised(prior.chain, z_g, z_l, draws, cfg)
             yield fake_score, {"fake": F.mse_loss(fake_score(z_t, z_l, t), z_g)}
         if critic:

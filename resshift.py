@@ -93,7 +93,8 @@ TABLE = dict(
     cid_guidance=1.5,                    # f_phi's; open in GenDR, as xi and the next 4
     distill_t=5,                         # t is drawn in 1 .. distill_t
     lambda_distill=1.0, lambda_distill_adv=0.0, lambda_mean=10.0,
-    fake_steps=1,                        # fake score steps for each of the generator
+    fake_steps=1,                        # fake score steps for each of the generator;
+                                         # 0: the exact fake score, z_g itself
     lambda_adv=0.05, lambda_lpips=1.0, lambda_fourier=0.1,     # GenDR-Pix's stage II
     least_squares=True,                  # start new ends in closed form
     lpips_net=("alex", "vgg", "vgg"),
