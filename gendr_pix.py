@@ -12,6 +12,7 @@ Papers: GenDR-Pix, arXiv 2602.10630; GenDR, 2503.06790; S3Diff, 2409.17058;
     python gendr_pix.py --train --tiny              all chapters; 16 minutes, 2 cores
     python gendr_pix.py --tiny --input lq.png --output up.png
     python gendr_pix.py --tiny --eval               the table once more
+    python gendr_pix.py --exact                     chapter 0 once more, seconds
     python gendr_pix.py --compare --tiny            ResShift's kappa, p, T
     python gendr_pix.py --ablate --tiny             GenDR's variants, 3 seeds
     python gendr_pix.py --bench --full              counts, time, memory at full size
@@ -43,12 +44,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from resshift import (
-    NEGATIVE, POSITIVE, QUALITY, TABLE, VAE, Pairs, Perceptual, PixelShuffle, Prompts,
-    ResidualShift, ResShift, Run, UserError, autocast, chapter, chapter_end,
-    chapter_prior, command_line, command_of, config_from, degrade, device,
-    error_by_time, evaluate, fit_conv, from_pil, held_out, luma, negatives, noise_like,
-    open_picture, pad_to, print_table, sample, spectrum, to_pil, train, upsample, world,
-    write_file)
+    EXACT, NEGATIVE, POSITIVE, QUALITY, TABLE, VAE, ExactWorld, Pairs, Perceptual,
+    PixelShuffle, Prompts, ResShift, ResidualShift, Run, UserError, autocast, chapter,
+    chapter_end, chapter_prior, command_line, command_of, config_from, degrade, device,
+    draw_points, error_by_time, evaluate, exact_measures, fit_conv, from_pil, held_out,
+    luma, negatives, noise_like, open_picture, pad_to, print_table, sample, spectrum,
+    spread, to_pil, train, upsample, world, write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
 class DegradationEstimator(nn.Module):
@@ -803,7 +804,72 @@ def methods_of(m, cfg, guidance):
             "GenDR-Pix PadCFG": one(m["pix"], guidance)}
 
 
-# ---- 9. Time, memory, operations (skim) ---------------------------------------------
+# ---- 9. One step in the exact world (read) -- chapter 0 once more --------------------
+EXACT_ROWS = {                           # row: (score, first and last t, regression)
+    "regression": (None, 1, 1, 1.0),
+    "VSD, t <= 5": (vsd_loss, 1, 5, 1.0), "4 VSD, t <= 5": (vsd_loss, 1, 5, 0.25),
+    "VSD alone, t <= 5": (vsd_loss, 1, 5, 0.0), "VSD, t > 5": (vsd_loss, 6, 15, 1.0),
+    "SiD, t <= 5": (sid_loss, 1, 5, 1.0), "CiD, t <= 5": (cid_loss, 1, 5, 1.0),
+    "CiD alone, t <= 5": (cid_loss, 1, 5, 0.0)}
+EXACT_SAID = """
+Regression finds the mean, off the curve.  VSD at small t draws it to the curve for a
+little error; at large t the noised mean looks like anything, and VSD is silent.
+SiD at xi = 1 is VSD here.  CiD is regression seen through J: it moves nothing.
+The trap: CiD's loss settles at 0, and no point has moved."""
+
+
+def exact_generator(name, world, seed, start=None, steps=400, batch=512):
+    """An MLP G(y0) taught as EXACT_ROWS[name] says, from `start`; its losses.
+
+    phi is the exact denoiser; so is psi: z_g, as G has one output for each y0.  It is
+    held fixed: where autograd reaches it, CiD alone runs away from the data.
+    """
+    (score, first, last, regression), chain = EXACT_ROWS[name], ResidualShift()
+    rng, losses = torch.Generator().manual_seed(seed), []
+    torch.manual_seed(seed)
+    g = copy.deepcopy(start) or nn.Sequential(
+        nn.Flatten(), nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(),
+        nn.Linear(64, 2), nn.Unflatten(1, (2, 1, 1)))
+    optimizer = torch.optim.Adam(g.parameters(), 2e-3 if start else 5e-3)
+    for _ in range(steps if start else 2 * steps):
+        x0, y0 = world.draw(batch, rng)
+        z_g, t = g(y0), torch.randint(first, last + 1, (batch,), generator=rng)
+        losses.append(regression * F.mse_loss(z_g, x0))
+        if score:
+            z_t = chain.q_sample(z_g, y0, t, noise_like(z_g, rng))
+            real, fake = world.denoise(y0, chain, z_t, t), z_g.detach()
+            w = 1 / (z_g - real).detach().abs().mean(1, keepdim=True).clamp(min=1e-6)
+            losses[-1] = losses[-1] + (cid_loss(x0, real, real, fake, w) if score is
+                                       cid_loss else score(z_g, real, fake, w))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    return g, torch.stack(losses).detach()
+
+
+def exact(seeds=3):
+    """--exact: where each loss puts a one-step generator's points; one_step.png."""
+    from matplotlib.figure import Figure
+    figure, world = Figure((18, 9), 80, layout="constrained"), ExactWorld()
+    axes, found = figure.subplots(2, 4), {name: [] for name in EXACT_ROWS}
+    x0, y0 = world.draw(2000, torch.Generator().manual_seed(99))
+    for seed in range(seeds):
+        start = None
+        for axis, name in zip(axes.flat, EXACT_ROWS):
+            g, losses = exact_generator(name, world, seed, start)
+            start, x = start or g, g(y0).detach()
+            found[name].append(exact_measures(world, x, x0, y0) | {
+                "first": losses[:50].mean().item(), "last": losses[-50:].mean().item()})
+            if seed == 0:
+                draw_points(axis, world, x, name)
+    columns = EXACT | {"first": ("loss, first 50", ".2f"), "last": ("last 50", ".2f")}
+    print_table(f"one step, {seeds} seeds", {
+        k: spread(v, columns) for k, v in found.items()}, columns)
+    print(EXACT_SAID)
+    write_file("one_step.png", lambda path: figure.savefig(path, format="png"))
+
+
+# ---- 10. Time, memory, operations (skim) ---------------------------------------------
 class LiveBytes(TorchDispatchMode):
     """Peak bytes of tensors alive at once that were made inside the `with` block.
 
@@ -946,7 +1012,7 @@ def benchmark(models, size):
     return rows
 
 
-# ---- 10. Evaluation and report (skim) ------------------------------------------------
+# ---- 11. Evaluation and report (skim) ------------------------------------------------
 @torch.no_grad()
 def rank_correlations(estimator, held, cfg, draws=24):
     """{"blur", "noise"}: Spearman's, estimate against truth, on `draws` new
@@ -1115,32 +1181,7 @@ def show(axis, picture, title="", below=""):
     axis.set_xlabel(below, fontsize=10)
 
 
-def draw_chain(pair, cfg, file):
-    """The lecture's figure, without training: sqrt(eta_t) for several p, and a row of
-    x_t in pixel space for several kappa, under the same noise."""
-    from matplotlib.figure import Figure
-    kappas, ends = (0.5, 2.0, 8.0), (cfg.eta_1 or None, cfg.eta_T)
-    times = sorted({1 + round(i * (cfg.steps - 1) / 5) for i in range(6)})
-    page = Figure(figsize=(12, 11), dpi=80, layout="constrained")
-    top, bottom = page.subfigures(2, 1, height_ratios=(1, 1.7))
-    axis = top.subplots()
-    for p in (0.3, 0.5, 1.0, 2.0):
-        eta = ResidualShift(cfg.steps, cfg.kappa, p, *ends).eta[1:]
-        axis.plot(range(1, cfg.steps + 1), eta.sqrt(), "o-", label=f"p = {p}")
-    axis.set(xlabel="t", ylabel="sqrt(eta_t)",
-             title=f"The shifting schedule, T = {cfg.steps}, kappa = {cfg.kappa:g}")
-    axis.legend()
-    x0, y0 = pair.hq.cpu(), upsample(pair.lq, cfg.scale).cpu()
-    noise = noise_like(x0, torch.Generator().manual_seed(0))
-    for row, kappa in zip(bottom.subplots(len(kappas), len(times)), kappas):
-        chain = ResidualShift(cfg.steps, kappa, cfg.power, *ends)
-        for axis, t in zip(row, times):
-            show(axis, chain.q_sample(x0, y0, torch.tensor([t]), noise),
-                 f"kappa {kappa:g}, t = {t}")
-    write_file(file, lambda path: page.savefig(path, format="png"))
-
-
-# ---- 11. Rows that differ in Config alone (skim) -- comparison and ablation ----------
+# ---- 12. Rows that differ in Config alone (skim) -- comparison and ablation ----------
 COMPARED = {                             # chapter 1: noise, shifting speed, T
     "kappa 2, p 0.3 (paper)": {},
     "weaker noise, kappa 0.5": dict(kappa=0.5),
@@ -1178,11 +1219,7 @@ def compare(run, rows, stands_on, method_of, held, lpips, seeds):
             part = run.part(f"rows/{slug}-{seed}", stands_on, **{"seed": seed} | change)
             row = evaluate({name: method_of(part)}, held, lpips)[name]
             table[name].append({k: row[k] for k in QUALITY})
-        shown[name] = {}
-        for k, (_, form) in QUALITY.items():
-            v = torch.tensor([row[k] for row in table[name]])
-            spread = f" +- {v.std():{form}}" if seeds > 1 else ""
-            shown[name][k] = f"{v.mean():{form}}{spread}"
+        shown[name] = spread(table[name], QUALITY)
     bicubic = evaluate({"": lambda p: upsample(p.lq, run.cfg.scale)}, held, lpips)[""]
     print_table(f"held-out pictures, {seeds} seeds; {lpips.name}",
                 shown | {"bicubic": bicubic}, QUALITY)
@@ -1214,7 +1251,7 @@ def ablate(run, m, pairs, held, lpips, steps=None, seeds=3):
     return compare(run, rows, CHAPTERS[:3], method_of, held, lpips, seeds)
 
 
-# ---- 12. Command line (skim) ---------------------------------------------------------
+# ---- 13. Command line (skim) ---------------------------------------------------------
 def restore_file(args):
     """--input to --output; an alpha channel is resized beside the picture."""
     output, name = Path(args.get("output", "up.png")), args.get("model", "pix")
@@ -1276,8 +1313,8 @@ COMMANDS = {                             # name: (argparse, the flags that it re
                ("ablate_steps",)),
     "compare": (dict(action="store_true", help="ResShift's T, kappa, p in one table"),
                 TABLE),
-    "figure": (dict(action="store_true", help="RUN/chain.png: a photo on the chain"),
-               TABLE),
+    "exact": (dict(action="store_true", help="chapter 0: one step, a table, a picture"),
+              ()),
     "input": (dict(help="a picture to restore"), (
         "output", "model", "passes", "guidance", "tile", "degradation"))}
 FLAGS = {
@@ -1297,14 +1334,14 @@ def main():
     started, (command, args) = time.time(), command_of(__doc__, COMMANDS, FLAGS)
     if args.get("size", 16) % 8 or args.get("size", 16) < 16:
         raise UserError("--size takes a multiple of 8, 16 or more")
+    if command == "exact":
+        return exact()
     if command in ("input", "bench"):
         return restore_file(args) if command == "input" else run_bench(args)
     finished = command in ("eval", "ablate")
     run = Run(args["run"]) if finished else None
     cfg = run.cfg if finished else config_from(args)
     held = held_out(cfg, args.get("data"))
-    if command == "figure":
-        return draw_chain(held[-1], cfg, Path("chain.png"))
     pairs = None if command == "eval" else Pairs(cfg)
     if command == "train" and cfg.space != "latent":
         raise UserError("GenDR starts in latent space: --space latent")

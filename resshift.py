@@ -1,4 +1,4 @@
-"""ResShift: super-resolution by shifting the residual (chapter 1, complete in itself).
+"""ResShift: super-resolution by shifting the residual (chapters 0 and 1, complete).
 
 A restored photograph is the end of a short Markov chain that starts at the degraded
 one.  First the method: chain, U-Net, ends, training.  Then the machinery: degradation,
@@ -7,6 +7,7 @@ metrics, files, flags.  `gendr_pix.py` (chapters 2 to 4) imports its names from 
 Papers: ResShift, arXiv 2307.12348 (NeurIPS 2023), journal version 2403.07319.
         Degradation: Real-ESRGAN, arXiv 2107.10833; mild ranges: S3Diff, 2409.17058.
 
+    python resshift.py --exact                          chapter 0: seconds, a table
     python resshift.py --train --tiny                   minutes on 2 CPU cores; a table
     python resshift.py --train --tiny --space pixel --run runs/pixel    no autoencoder
 
@@ -208,7 +209,80 @@ def noise_like(x, rng):
     return torch.randn(x.shape, generator=rng, device="cpu").to(x)
 
 
-# ---- 3. The U-Net (read) -- Stable Diffusion 2.1's, at any width ---------------------
+# ---- 3. Chapter 0: the exact world (read) -- two pixels, nothing to train ------------
+class ExactWorld:
+    """Photographs of two pixels, x0 = (mean, detail), shaped (B, 2, 1, 1): a mixture of
+    24 Gaussians of deviation 0.05 on a figure of eight, each axis of unit variance.
+    y0 = (mean + 0.3 noise, 0.05 noise): the detail is lost."""
+    STD, NOISE, SEEN = 0.05, torch.tensor([0.3, 0.05]), torch.tensor([1.0, 0.0])
+
+    def __init__(self):
+        angle = 2 * math.pi * (torch.arange(24) + 0.5) / 24
+        self.centres = math.sqrt(2) * torch.stack([angle.cos(), (2 * angle).sin()], 1)
+
+    def draw(self, count, rng):
+        """(x0, y0): `count` photographs and their degraded copies."""
+        which = torch.randint(len(self.centres), (count,), generator=rng)
+        noise = torch.randn(2, count, 2, generator=rng)
+        x0 = self.centres[which] + self.STD * noise[0]
+        y0 = x0 * self.SEEN + self.NOISE * noise[1]
+        return x0[:, :, None, None], y0[:, :, None, None]
+
+    def denoise(self, y0, chain=None, x_t=None, t=None):
+        """E[x0 | x_t, y0], without a chain E[x0 | y0]: what a network could do at best.
+
+        Within a component each pixel is seen at the centre, in y0 (the mean alone), and
+        in x_t = shift + gain x0 + std noise, whose numbers `q_sample` tells: a product
+        of Gaussians.  The components weigh in by how well those agree (softmax).
+        """
+        seen = [(self.centres, torch.tensor(self.STD ** -2)),
+                (y0.view(-1, 1, 2), self.SEEN / self.NOISE ** 2)]
+        if chain:
+            one, zero = torch.ones_like(y0), torch.zeros_like(y0)
+            shift = chain.q_sample(zero, y0, t, zero)
+            gain = chain.q_sample(one, y0, t, zero) - shift
+            precision = (gain / chain.q_sample(zero, zero, t, one)) ** 2
+            seen.append([v.view(-1, 1, 2) for v in ((x_t - shift) / gain, precision)])
+        mean = sum(v * p for v, p in seen) / sum(p for _, p in seen)       # (B, 24, 2)
+        misfit = sum(p * (v - mean) ** 2 for v, p in seen).sum(2, keepdim=True)
+        return (torch.softmax(-misfit / 2, 1) * mean).sum(1)[:, :, None, None]
+
+
+class FromNoise(ResidualShift):
+    """The opponent: a conventional, variance-preserving chain, with the same `sample`.
+
+    x_t ~ N( sqrt(a_t) x0, (1 - a_t) I ), a_t = prod(1 - beta) at T of LDM's 1000 times.
+    """
+
+    def __init__(self, steps):
+        beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64)
+        a = (1 - beta ** 2).cumprod(0)[torch.linspace(-1, 999, steps + 1).long()[1:]]
+        self.steps, self.a = steps, torch.cat([torch.ones(1), a.float()])
+
+    def q_sample(self, x0, y0, t, noise):
+        a = self.at(self.a, t, x0)
+        return a.sqrt() * x0 + (1 - a).sqrt() * noise
+
+    def posterior(self, x_t, x0, t):
+        a, b = self.at(self.a, t, x_t), self.at(self.a, t - 1, x_t)
+        mean = b.sqrt() * (1 - a / b) * x0 + (a / b).sqrt() * (1 - b) * x_t
+        return mean / (1 - a), (1 - b) / (1 - a) * (1 - a / b)
+
+    def prior_sample(self, y0, noise):
+        return noise
+
+
+def exact_measures(world, x, x0, y0):
+    """MSE to x0, both pixels; distance to the nearest centre; energy distance of (x,
+    y0) to other (x0, y0), times 1000: 0 for samples of the true posterior."""
+    x, x0, y0 = (v.flatten(1) for v in (x, x0, y0))
+    a, b = torch.cat([x, y0], 1), torch.cat([x0, y0], 1).roll(1, 0)
+    energy = 2 * torch.cdist(a, b) - torch.cdist(a, a) - torch.cdist(b, b)
+    return {"mse": (x - x0).square().sum(1).mean().item(), "distance": torch.cdist(
+        x, world.centres).amin(1).mean().item(), "energy": 1000 * energy.mean().item()}
+
+
+# ---- 4. The U-Net (read) -- Stable Diffusion 2.1's, at any width ---------------------
 # Module names are those of diffusers' UNet2DConditionModel, so that real weights load.
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, plus a shortcut; time enters between."""
@@ -406,7 +480,7 @@ class Prompts(nn.Module):
         return self.table[prompt].expand(batch, -1, -1)
 
 
-# ---- 4. The two kinds of ends (read) -- VAE, or pixel-(un)shuffle -------------------
+# ---- 5. The two kinds of ends (read) -- VAE, or pixel-(un)shuffle --------------------
 class PixelShuffle(nn.Module):
     """The end without parameters: (B, 3, H, W) <-> (B, 3 f^2, H/f, W/f), lossless."""
 
@@ -566,7 +640,7 @@ class ResShift(nn.Module):
         return y0 + out if self.shortcut else out
 
 
-# ---- 5. What teaches them (read) -- a step is a generator that yields players --------
+# ---- 6. What teaches them (read) -- a step is a generator that yields players --------
 # A stage is (step, rates).  step(batch, draws) computes, yields a player (a module) and
 # its losses, and goes on when that player has made its gradient step: what one leaves
 # for the next is a local variable.  rates: {player: learning rate}.
@@ -663,7 +737,7 @@ def negatives(target, lq, draws, cfg):
     return prompt, torch.where((prompt == NEGATIVE).view(-1, 1, 1, 1), lq, target)
 
 
-# ---- 6. One training loop for every stage (read) -------------------------------------
+# ---- 7. One training loop for every stage (read) -------------------------------------
 def train(run, name, stage, pairs, steps, watch=None):
     """Play a stage for `steps` steps; leave averaged weights in its first player.
 
@@ -763,7 +837,7 @@ def stage_seed(cfg, name, step):
     return zlib.crc32(f"{cfg.seed} {name} {step}".encode())
 
 
-# ---- 7. Chapter 1, from photographs to a prior (read) --------------------------------
+# ---- 8. Chapter 1, from photographs to a prior (read) --------------------------------
 def chapter(run, name, build, teach=None, before=()):
     """build()'s model with its weights: loaded if runs/NAME has them, else taught now.
 
@@ -854,7 +928,7 @@ def pad_to(x, multiple):
     return F.pad(x, (0, w, 0, h), mode="replicate")
 
 
-# ---- 8. The degradation (skim) -- Real-ESRGAN's two stages, S3Diff's mild ranges -----
+# ---- 9. The degradation (skim) -- Real-ESRGAN's two stages, S3Diff's mild ranges -----
 RANGES = {                               # pairs: first stage, second stage
     "real-esrgan": SimpleNamespace(
         sigma=((0.2, 3.0), (0.2, 1.5)),          # of the blur, pixels
@@ -996,7 +1070,7 @@ def degrade(hq, cfg, generator):
     return from_bytes((torch.cat(lq) * 255).round()), torch.tensor(scores)
 
 
-# ---- 9. Pictures and metrics (skim) --------------------------------------------------
+# ---- 10. Pictures and metrics (skim) -------------------------------------------------
 class UserError(Exception):
     """What the user can mend: one line on stderr, exit code 2."""
 
@@ -1214,7 +1288,70 @@ QUALITY = {"psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", 
            "lattice_amplitude": ("grey", ".2f"), "ms": ("ms", ".0f")}
 
 
-# ---- 10. Training pairs (skim) -------------------------------------------------------
+EXACT = {"mse": ("MSE to x0", ".2f"), "distance": ("distance", ".3f"),
+         "energy": ("energy", ".1f")}    # fidelity, realism, both: `exact_measures`
+EXACT_SAYS = """
+The mean has the least error there is, and lies off the curve: that is what blur is.
+A faithful sample has about twice the mean's error, and lies on the curve.
+Residual shifting needs about half the steps of a chain from noise for one distance.
+kappa and p trade fidelity against realism: less error, more distance."""
+
+
+def exact(count=2000, seeds=3):
+    """--exact: chapter 0's claims as one table, and exact.png."""
+    from matplotlib.figure import Figure
+    world, table, paths, figure = ExactWorld(), {}, {}, Figure(
+        (18, 9), 80, layout="constrained")
+    axes, chains = figure.subplots(2, 4), {
+        "the exact mean": None,
+        **{f"ResShift, T = {n}": ResidualShift(n) for n in (4, 8, 15, 30)},
+        **{f"from noise, T = {n}": FromNoise(n) for n in (4, 8, 15, 30)},
+        **{f"kappa = {k:g}": ResidualShift(15, k) for k in (0.5, 8, 32)},
+        **{f"p = {p:g}": ResidualShift(15, power=p) for p in (0.1, 0.8, 2)}}
+    for name, chain in chains.items():
+        found = []
+        for seed in range(seeds):
+            rng, path = torch.Generator().manual_seed(seed), []
+            x0, y0 = world.draw(count, rng)
+
+            def model(x, y, t):
+                path.append(x)
+                return world.denoise(y, chain, x, t)
+            path.append(chain.sample(model, y0, rng) if chain else world.denoise(y0))
+            found.append(exact_measures(world, path[-1], x0, y0))
+        table[name], paths[name] = spread(found, EXACT), torch.stack(path)
+        axes[1, 0].plot(found[0]["mse"], found[0]["distance"], "o", ms=5, label=name)
+    print_table(f"chapter 0, {count} photographs, {seeds} seeds", table, EXACT)
+    print(EXACT_SAYS)
+    axes[1, 0].set(xlabel="MSE to x0 (fidelity)", ylabel="distance (realism)")
+    axes[1, 0].set_yscale("log")
+    axes[1, 0].legend(fontsize=7)
+    draw_points(axes[0, 0], world, x0, "")
+    draw_points(axes[0, 0], world, paths["the exact mean"][-1], "x0, and the mean")
+    for line, kind in zip(axes[:, 1:], ("ResShift", "from noise")):
+        for axis, name in zip(line, (f"{kind}, T = 4", f"{kind}, T = 15")):
+            draw_points(axis, world, paths[name][-1], name)
+        draw_points(line[2], world, x0[:0], f"{kind}: paths from x_15 to x_0")
+        line[2].plot(*paths[name][:, :12, :, 0, 0].permute(2, 0, 1), ".-", lw=0.7, ms=3)
+    write_file("exact.png", lambda path: figure.savefig(path, format="png"))
+
+
+def draw_points(axis, world, x, title):
+    """x (B, 2, 1, 1) and the world's centres on a matplotlib axis."""
+    axis.plot(*x[:600].flatten(1).T, ".", ms=3, alpha=0.6)
+    axis.plot(*world.centres.T, "k+", ms=6)
+    axis.set(xlabel="mean", ylabel="detail", xlim=(-2.2, 2.2), ylim=(-2.2, 2.2),
+             title=title)
+
+
+def spread(found, columns):
+    """{key: "mean +- deviation"} of rows that differ in their seed: `print_table`'s."""
+    v = {k: torch.tensor([row[k] for row in found]) for k in columns}
+    return {k: f"{v[k].mean():{form}}" + (f" +- {v[k].std():{form}}" if len(found) > 1
+                                          else "") for k, (_, form) in columns.items()}
+
+
+# ---- 11. Training pairs (skim) -------------------------------------------------------
 class Pairs(Dataset):
     """Degraded pairs from a folder of photographs; item `seed` is that seed's pair.
 
@@ -1335,7 +1472,7 @@ def held_out(cfg, folder=None):
     return held
 
 
-# ---- 11. Devices, processes, files (skim) --------------------------------------------
+# ---- 12. Devices, processes, files (skim) --------------------------------------------
 def device():
     """The default device where one is set (meta, say), else the GPU, else the CPU."""
     default = torch.get_default_device()
@@ -1458,7 +1595,7 @@ def load_weights(own, path, skip=()):
         own[k].copy_(state[k])
 
 
-# ---- 12. Command line (skim) ---------------------------------------------------------
+# ---- 13. Command line (skim) ---------------------------------------------------------
 CHOICES = {"ranges": tuple(RANGES), "space": ("latent", "pixel"),
            "adapter": ("guided", "plain", "full"), "precision": ("fp32", "bf16"),
            "distill": ("none", "vsd", "sid", "cid"), "lpips_net": ("alex", "vgg")}
@@ -1544,9 +1681,14 @@ def command_line(main):
 
 
 def main():
-    """python resshift.py --train: train and evaluate chapter 1."""
-    how = dict(action="store_true", help="train what is missing, evaluate")
-    _, args = command_of(__doc__, {"train": (how, TABLE)}, {})
+    """python resshift.py --exact: chapter 0; --train: train and evaluate chapter 1."""
+    command, args = command_of(__doc__, {
+        "train": (dict(action="store_true", help="train what is missing, evaluate"),
+                  TABLE),
+        "exact": (dict(action="store_true", help="chapter 0: a table, exact.png"), ())},
+        {})
+    if command == "exact":
+        return exact()
     cfg = config_from(args)
     held, pairs, run = held_out(cfg), Pairs(cfg), Run(args["run"], cfg)
     lpips = Perceptual(cfg.lpips_net).to(device())

@@ -165,6 +165,103 @@ def test_bad_schedules_are_refused():
             r.ResidualShift(**bad)
 
 
+# ---- chapter 0: the exact world, an oracle for both files ----------------------------
+
+
+def log_density(world, x_t, y0, mean, variance):
+    """log p(x_t, y0), term by term; mean(x0), variance: x_t's, given x0."""
+    c, s2, n2 = world.centres, world.STD ** 2, (world.NOISE ** 2)[0]
+    gain, shift = mean(1.0) - mean(0.0), mean(0.0)           # the mean is affine in x0
+    detail = torch.distributions.Normal(
+        gain * c[:, 1] + shift[:, 1:], (gain ** 2 * s2 + variance).sqrt())
+    a, y = x_t - shift, y0[:, :1]
+    both = torch.stack([a[:, :1].expand(-1, len(c)) - gain * c[:, 0], y - c[:, 0]], -1)
+    cov = torch.tensor([[gain ** 2 * s2 + variance, gain * s2], [gain * s2, s2 + n2]])
+    joint = torch.distributions.MultivariateNormal(torch.zeros(2), cov)
+    return torch.logsumexp(detail.log_prob(x_t[:, 1:]) + joint.log_prob(both), 1)
+
+
+def test_exact_denoiser_is_the_score_and_vsd_the_difference_of_scores():
+    """Tweedie: score = ((1 - eta) f + eta y0 - x_t) / (kappa^2 eta), by autograd."""
+    world, chain, t = r.ExactWorld(), r.ResidualShift(15), 6
+    eta, k2 = chain.eta[t].item(), chain.kappa ** 2
+    x0, y0 = world.draw(64, rng())
+    x_t = chain.q_sample(x0, y0, torch.tensor([t]), randn(64, 2, 1, 1))
+    flat, y = x_t.flatten(1).clone().requires_grad_(True), y0.flatten(1)
+    density = log_density(world, flat, y, lambda x: x * (1 - eta) + eta * y,
+                          torch.tensor(k2 * eta))
+    score, = torch.autograd.grad(density.sum(), flat)
+    real = world.denoise(y0, chain, x_t, torch.tensor([t]))
+    close(((1 - eta) * real + eta * y0 - x_t).flatten(1) / (k2 * eta), score, 1e-3)
+    # A generator with one output has q(z_t | y0) = N(z_g + eta (y0 - z_g), k2 eta).
+    z_g = (x0 + 0.1).requires_grad_(True)
+    own = (z_g + eta * (y0 - z_g) - x_t).detach().flatten(1) / (k2 * eta)
+    g.vsd_loss(z_g, real, z_g, 1.0).backward()
+    close(z_g.grad.flatten(1) * z_g.numel(), (own - score) * k2 * eta / (1 - eta), 1e-3)
+    still = x0.clone().requires_grad_(True)
+    g.vsd_loss(still, real, real, 1.0).backward()            # the two scores agree
+    assert not still.grad.any()
+
+
+@pytest.mark.parametrize("chain", [r.ResidualShift(15), r.FromNoise(15)])
+def test_exact_denoiser_is_an_average_over_weighted_draws(chain):
+    world, t = r.ExactWorld(), torch.tensor([7])
+    x0, y0 = world.draw(1, rng(3))
+    x_t = chain.q_sample(x0, y0, t, randn(1, 2, 1, 1, seed=4))
+    many = world.draw(400_000, rng(5))[0]
+    zero, one = torch.zeros_like(x_t), torch.ones_like(x_t)
+    std = chain.q_sample(zero, zero, t, one)
+    misfit = ((x_t - chain.q_sample(many, y0, t, 0 * many)) / std).square().sum(1)
+    misfit = misfit + ((y0 - many)[:, :1] / 0.3).square().sum(1)
+    weight = torch.softmax(-misfit.flatten() / 2, 0)
+    close((weight @ many.flatten(1)), world.denoise(y0, chain, x_t, t).flatten(), 2e-2)
+
+
+@pytest.mark.parametrize("chain", [r.ResidualShift, r.FromNoise])
+def test_sampling_converges_to_the_posterior_of_one_gaussian(chain):
+    world = r.ExactWorld()
+    world.centres, world.STD = torch.tensor([[0.3, -0.5]]), 0.5
+    y0 = torch.tensor([0.8, 0.0])[:, None, None].expand(20_000, -1, -1, -1)
+    y0, errors = y0.reshape(-1, 2, 1, 1)[:20_000], []
+    precision = torch.tensor([1 / 0.25 + 1 / 0.09, 1 / 0.25])
+    mean = torch.tensor([0.3 / 0.25 + 0.8 / 0.09, -0.5 / 0.25]) / precision
+    for steps in (4, 200):
+        c = chain(steps)
+        x = c.sample(lambda x, y, t: world.denoise(y, c, x, t), y0, rng()).flatten(1)
+        cov = torch.cov(x.T)
+        errors.append((cov - torch.diag(1 / precision)).abs().max().item())
+        close(x.mean(0), mean, 0.03)
+    assert errors[1] < 0.01 and errors[1] < 0.5 * errors[0]
+
+
+def test_chapter_0_prints_its_claims_and_draws(tmp_path):
+    done = command(HERE / "resshift.py", "--exact", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {line[:22].strip(): [float(v) for v in line[22:].split() if v != "+-"][::2]
+            for line in done.stdout.splitlines() if "+-" in line}
+    (mean, far, _), (faithful, near, energy) = (rows[k] for k in (
+        "the exact mean", "ResShift, T = 15"))
+    assert 1.7 < faithful / mean < 2.1 and near < 0.3 * far
+    assert rows["ResShift, T = 8"][1] < rows["from noise, T = 15"][1]    # half of T
+    assert rows["ResShift, T = 4"][1] < rows["from noise, T = 8"][1]
+    assert rows["kappa = 32"][0] < faithful and rows["kappa = 32"][1] > near
+    assert rows["p = 0.1"][0] < faithful and rows["p = 0.1"][1] > near
+    assert np.array(Image.open(tmp_path / "exact.png").convert("RGB")).std() > 20
+
+
+def test_one_step_in_the_exact_world():
+    world = r.ExactWorld()
+    x0, y0 = world.draw(1000, rng(9))
+    start, found = None, {}
+    for name in ("regression", "4 VSD, t <= 5", "VSD, t > 5", "CiD alone, t <= 5"):
+        g_z, _ = g.exact_generator(name, world, 0, start, steps=200)
+        start = start or g_z
+        found[name] = r.exact_measures(world, g_z(y0).detach(), x0, y0)
+    mean, vsd, large, cid = found.values()
+    assert vsd["distance"] < 0.75 * mean["distance"] and vsd["mse"] < 1.4 * mean["mse"]
+    assert all(abs(m["distance"] / mean["distance"] - 1) < 0.1 for m in (large, cid))
+
+
 # ---- resshift.py, 3 and 4: the networks ----------------------------------------------
 
 
@@ -534,18 +631,6 @@ def test_lpips_without_its_backbone_says_so_and_repeats(monkeypatch, capsys):
     x, y = randn(1, 3, 64, 64).clamp(-1, 1), randn(1, 3, 64, 64, seed=1).clamp(-1, 1)
     assert a(x, x).item() == 0 and a(x, y).item() > 0
     assert torch.equal(a(x, y), b(x, y))
-
-
-def test_the_chains_figure_draws_from_one_photograph_and_its_own_etas(tmp_path,
-                                                                      monkeypatch):
-    seen, chain = [], g.ResidualShift
-    monkeypatch.setattr(g, "ResidualShift", lambda *a: seen.append(a) or chain(*a))
-    pair = r.SimpleNamespace(hq=photo(64), lq=r.degrade(photo(64), MICRO, rng())[0])
-    cfg = dataclasses.replace(MICRO, eta_1=0.01, eta_T=0.98)
-    g.draw_chain(pair, cfg, tmp_path / "chain.png")
-    array = np.array(Image.open(tmp_path / "chain.png").convert("RGB"))
-    assert array.shape[1] > 800 and array.std() > 20         # not an empty page
-    assert all(a[-2:] == (0.01, 0.98) for a in seen) and len(seen) == 7
 
 
 # ---- resshift.py, 7 and 8: pairs and the training loop -------------------------------
