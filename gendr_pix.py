@@ -1,15 +1,15 @@
 """GenDR-Pix: one-step super-resolution without a VAE, from its ancestors up.
 
 Chapter 2 turns the T-step prior of `resshift.py` into a one-step restorer (GenDR) with
-S3Diff's degradation-guided LoRA and GenDR's score distillation (CiD); chapter 3
+S3Diff's degradation-guided LoRA, regression, then score distillation; chapter 3
 replaces its VAE encoder by pixel-unshuffle (GenDR-Adc), chapter 4 its decoder by
-pixel-shuffle (GenDR-Pix).  Each chapter's model is the next one's starting point and
-its critic; the prior teaches GenDR, and GenDR the last two.
+pixel-shuffle (GenDR-Pix).  Each chapter's model is the next one's start, and the critic
+of chapters 3 and 4; the prior teaches GenDR, and GenDR the last two.
 
 Papers: GenDR-Pix, arXiv 2602.10630; GenDR, 2503.06790; S3Diff, 2409.17058;
         ResShift, 2307.12348; SiD (score identity distillation), 2404.04057.
 
-    python gendr_pix.py --train --tiny              all chapters; 16 minutes, 2 cores
+    python gendr_pix.py --train --tiny              all chapters; 15 minutes, 2 cores
     python gendr_pix.py --tiny --input lq.png --output up.png
     python gendr_pix.py --tiny --eval               the table once more
     python gendr_pix.py --exact                     chapter 0 once more, seconds
@@ -49,7 +49,7 @@ from resshift import (
     chapter_end, chapter_prior, command_line, command_of, config_from, degrade, device,
     draw_points, error_by_time, evaluate, exact_measures, fit_conv, from_pil, held_out,
     luma, negatives, noise_like, open_picture, pad_to, print_table, sample, spectrum,
-    spread, to_pil, train, upsample, world, write_file)
+    spread, to_pil, train, upsample, rank_and_size, write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
 class DegradationEstimator(nn.Module):
@@ -80,10 +80,10 @@ class DegradationEstimator(nn.Module):
         scores = []
         for branch, head in zip(self.branches, self.heads):
             f = branch(lq).flatten(2).float()                  # (B, C, n)
-            spread = (f.var(2, unbiased=False) + 1e-6).log() / 2
+            deviation = (f.var(2, unbiased=False) + 1e-6).log() / 2
             at = [round(q * (f.shape[2] - 1)) for q in self.QUANTILES]
             quantiles = f.sort(2).values[:, :, at].flatten(1)  # (B, 3 C)
-            scores.append(head(torch.cat([f.mean(2), spread, quantiles], dim=1)))
+            scores.append(head(torch.cat([f.mean(2), deviation, quantiles], dim=1)))
         return torch.sigmoid(torch.cat(scores, dim=1))         # (B, 2)
 
 
@@ -436,8 +436,8 @@ def cid_loss(z_h, real, guided, fake, w, xi=1.0):
 
 def noised(chain, z_g, y0, draws, cfg):
     """(z_t, t): z_t ~ N( z_g + eta_t (y0 - z_g), kappa^2 eta_t I ), t uniform in
-    1 .. distill_t.  GenDR noises along Stable Diffusion's chain, we shift."""
-    t = draws.times(1, cfg.distill_t, len(z_g))
+    1 .. min(distill_t, T).  GenDR noises along Stable Diffusion's chain, we shift."""
+    t = draws.times(1, min(cfg.distill_t, cfg.steps), len(z_g))
     return chain.q_sample(z_g, y0, t, draws.noise(z_g)), t
 
 
@@ -446,8 +446,12 @@ def distillation(prior, fake_score, z_g, z_h, y0, draws, cfg):
 
     f_phi^cfg = f_neg + cid_guidance (f_pos - f_neg), the prior under its two prompts;
     w = 1 / mean |z_g - f_phi| of each sample (SiD's normaliser), without gradient.
-    Without a fake score f_psi is z_g, which is exact: given y0, G has one output.
+    Without a fake score f_psi is z_g, which is exact: given y0 and prompt, G has one
+    output.  No gradient moves z_g's mean over positions: a constant in a latent is an
+    8x8 pattern all over the picture, and scores drift there (not in the paper).
     """
+    mean = z_g.mean((2, 3), keepdim=True)
+    z_g = z_g - mean + mean.detach()
     z_t, t = noised(prior.chain, z_g, y0, draws, cfg)
     # In float: autocast's bfloat16 would drown small differences of predictions.
     real = prior(z_t, y0, t).float()
@@ -455,9 +459,7 @@ def distillation(prior, fake_score, z_g, z_h, y0, draws, cfg):
     gap = (z_g - real).detach().abs().mean((1, 2, 3), keepdim=True)
     w = 1 / gap.clamp(min=1e-6)
     if cfg.distill == "vsd":
-        # Without its mean over positions: a constant in a latent is an 8x8 pattern that
-        # repeats all over the picture, and scores drift there (not in the paper).
-        return vsd_loss(z_g - z_g.mean((2, 3), keepdim=True), real, fake, w)
+        return vsd_loss(z_g, real, fake, w)
     if cfg.distill == "sid":
         return sid_loss(z_g, real, fake, w, cfg.xi)
     negative = prior(z_t, y0, t, NEGATIVE).float()
@@ -771,7 +773,7 @@ def all_chapters(run, pairs=None, lpips=None, held=()):
     chapter is watched by measures on held-out pictures, one draw of each.
     """
     def watch(model):
-        scale, some = run.cfg.scale, held[::run.cfg.val_draws]
+        scale, some = run.cfg.scale, list({p.name: p for p in held}.values())
         row = evaluate({"": lambda p: restore(model, m["estimator"], p.lq, scale)},
                        some, lpips)[""]
         return {f"val {k}": row[k] for k in ("psnr", "lpips", "spectral", "lattice")}
@@ -1167,7 +1169,8 @@ def report(run, m, held, lpips, size, guidance):
             "value": v, "unit": unit, "floor": reached(v, floor),
             "bar": reached(v, bar)} for k, (v, unit, floor, bar) in rows.items()},
         "table": {name: {k: v for k, v in row.items() if k != "pictures"}
-                  for name, row in table.items()}}, indent=1))
+                  for name, row in table.items()}}, indent=1).replace(
+                      "Infinity", "null"))           # HQ's own PSNR
     draw_report(table, held, lpips, run.folder / "report.png")
     draw_spectra(table, run.folder / "spectrum.png")
     return passed
@@ -1183,13 +1186,13 @@ def show(axis, picture, title="", below=""):
 
 # ---- 12. Rows that differ in Config alone (skim) -- comparison and ablation ----------
 COMPARED = {                             # chapter 1: noise, shifting speed, T
-    "kappa 2, p 0.3 (paper)": {},
+    "kappa 2, p 0.3 (paper)": dict(kappa=2.0, power=0.3, steps=15),
     "weaker noise, kappa 0.5": dict(kappa=0.5),
     "stronger noise, kappa 8": dict(kappa=8.0),
     "slower shifting, p 1": dict(power=1.0),
     "faster shifting, p 0.1": dict(power=0.1),
     "from noise: kappa 40, p 0.8": dict(kappa=40.0, power=0.8),
-    "T = 4": dict(steps=4, distill_t=4),
+    "T = 4": dict(steps=4),
 }
 PLAIN = dict(adapter="guided", distill="none", lambda_distill_adv=0.0, negative=0.05)
 ABLATED = {                              # chapter 2: what of GenDR does what
@@ -1214,7 +1217,7 @@ def compare(run, rows, stands_on, method_of, held, lpips, seeds):
     """
     shown, table = {}, {name: [] for name in rows}
     for name, change in rows.items():
-        for seed in range(seeds):
+        for seed in range(run.cfg.seed, run.cfg.seed + seeds):
             slug = "".join(c if c.isalnum() else "-" for c in name)
             part = run.part(f"rows/{slug}-{seed}", stands_on, **{"seed": seed} | change)
             row = evaluate({name: method_of(part)}, held, lpips)[name]
@@ -1234,7 +1237,9 @@ def compare_priors(run, pairs, held, lpips):
     def method_of(part):
         prior = chapter_prior(part, pairs)
         return lambda p: sample(prior, end, p.lq, part.cfg.scale)
-    return compare(run, COMPARED, ["vae"], method_of, held, lpips, seeds=1)
+    paper = next(iter(COMPARED.values()))
+    return compare(run, {k: paper | v for k, v in COMPARED.items()}, ["vae"], method_of,
+                   held, lpips, seeds=1)
 
 
 def ablate(run, m, pairs, held, lpips, steps=None, seeds=3):
@@ -1336,6 +1341,8 @@ def main():
         raise UserError("--size takes a multiple of 8, 16 or more")
     if command == "exact":
         return exact()
+    if args.get("space") == "pixel":
+        raise UserError("GenDR starts in latent space; resshift.py has --space pixel")
     if command in ("input", "bench"):
         return restore_file(args) if command == "input" else run_bench(args)
     finished = command in ("eval", "ablate")
@@ -1343,8 +1350,6 @@ def main():
     cfg = run.cfg if finished else config_from(args)
     held = held_out(cfg, args.get("data"))
     pairs = None if command == "eval" else Pairs(cfg)
-    if command == "train" and cfg.space != "latent":
-        raise UserError("GenDR starts in latent space: --space latent")
     lpips = Perceptual(cfg.lpips_net).to(device())
     run = run or Run(args["run"] + "-compare" * (command == "compare"), cfg)
     if pairs:
@@ -1355,7 +1360,7 @@ def main():
     if command == "ablate":
         m = {name: m[name] for name in CHAPTERS[:3]}
         return ablate(run, m, pairs, held, lpips, args.get("ablate_steps")) and 0
-    if world()[0] > 0:                                         # rank 0 evaluates
+    if rank_and_size()[0] > 0:                                 # rank 0 evaluates
         return 0
     guidance = args.get("guidance", cfg.guidance)
     if "data" in args:

@@ -53,8 +53,8 @@ TABLE = dict(
     train_data="tiny_data/train", val_data="tiny_data/val", scale=4,
     val_draws=3,                         # degradations of each held-out picture
     crop=(128, 256, 512),                # HQ training crop, pixels
-    pool=(2048, 0, 0),                   # pairs kept in memory; 0: new ones every step,
-    workers=(0, 8, 8),                   # made by this many processes
+    pool=(2048, 0, 0),                   # pairs kept in memory; 0: new ones every step
+    workers=(0, 8, 8),                   # processes that make pairs
     ranges=("light", "mild", "mild"),    # of the degradation: a row of RANGES
     # the chain (ResShift)
     space="latent",                      # "latent": VAE; "pixel": pixel-unshuffle
@@ -91,8 +91,8 @@ TABLE = dict(
     vae_kl=1e-6, negative=0.05,          # share of online negatives (S3Diff)
     guidance=1.07,                       # S3Diff's weight; GenDR-Pix prints none
     distill="vsd", xi=1.0,               # "none", "vsd", "sid" or "cid"; SiD's alpha
-    cid_guidance=1.5,                    # f_phi's; open in GenDR, as xi and the next 4
-    distill_t=5,                         # t is drawn in 1 .. distill_t
+    cid_guidance=1.5,                    # f_phi's; xi and the next 4 are open in GenDR
+    distill_t=5,                         # t is drawn in 1 .. min(distill_t, T)
     lambda_distill=1.0, lambda_distill_adv=0.0, lambda_mean=10.0,
     fake_steps=1,                        # fake score steps for each of the generator;
                                          # 0: the exact fake score, z_g itself
@@ -231,9 +231,10 @@ class ExactWorld:
     def denoise(self, y0, chain=None, x_t=None, t=None):
         """E[x0 | x_t, y0], without a chain E[x0 | y0]: what a network could do at best.
 
-        Within a component each pixel is seen at the centre, in y0 (the mean alone), and
-        in x_t = shift + gain x0 + std noise, whose numbers `q_sample` tells: a product
-        of Gaussians.  The components weigh in by how well those agree (softmax).
+        Each pixel is seen, with precision p, at the centre of its component k, in y0
+        (the mean alone), and in (x_t - shift) / gain: `q_sample` is affine, so that
+        zeros and ones read off shift, gain and std.  Products of Gaussians:
+        mean_k = sum p v / sum p,  weight_k ~ exp( -sum p (v - mean_k)^2 / 2 ).
         """
         seen = [(self.centres, torch.tensor(self.STD ** -2)),
                 (y0.view(-1, 1, 2), self.SEEN / self.NOISE ** 2)]
@@ -274,12 +275,69 @@ class FromNoise(ResidualShift):
 
 def exact_measures(world, x, x0, y0):
     """MSE to x0, both pixels; distance to the nearest centre; energy distance of (x,
-    y0) to other (x0, y0), times 1000: 0 for samples of the true posterior."""
-    x, x0, y0 = (v.flatten(1) for v in (x, x0, y0))
-    a, b = torch.cat([x, y0], 1), torch.cat([x0, y0], 1).roll(1, 0)
+    y0) to (x0, y0) of other draws, times 1000: about 0 for the true posterior."""
+    (x, x0, y0), n = (v.flatten(1) for v in (x, x0, y0)), len(x)
+    a, b = torch.cat([x, y0], 1), torch.cat([x0, y0], 1)
     energy = 2 * torch.cdist(a, b) - torch.cdist(a, a) - torch.cdist(b, b)
+    energy = (energy.sum() - energy.trace()) / (n * (n - 1))
     return {"mse": (x - x0).square().sum(1).mean().item(), "distance": torch.cdist(
-        x, world.centres).amin(1).mean().item(), "energy": 1000 * energy.mean().item()}
+        x, world.centres).amin(1).mean().item(), "energy": 1000 * energy.item()}
+
+
+EXACT = {"mse": ("MSE to x0", ".2f"), "distance": ("distance", ".3f"),
+         "energy": ("energy", ".1f")}    # fidelity, realism, both: `exact_measures`
+EXACT_SAYS = """
+The mean has the least error there is, and lies off the curve: that is what blur is.
+A faithful sample has about twice the mean's error, and lies on the curve.
+Residual shifting needs about half the steps of a chain from noise for one distance.
+kappa and p trade fidelity against realism: less error, more distance."""
+
+
+def exact(count=2000, seeds=3):
+    """--exact: chapter 0's claims as one table, and exact.png."""
+    from matplotlib.figure import Figure
+    world, table, paths, figure = ExactWorld(), {}, {}, Figure(
+        (18, 9), 80, layout="constrained")
+    axes, chains = figure.subplots(2, 4), {
+        "the exact mean": None,
+        **{f"ResShift, T = {n}": ResidualShift(n) for n in (4, 8, 15, 30)},
+        **{f"from noise, T = {n}": FromNoise(n) for n in (4, 8, 15, 30)},
+        **{f"kappa = {k:g}": ResidualShift(15, k) for k in (0.5, 8, 32)},
+        **{f"p = {p:g}": ResidualShift(15, power=p) for p in (0.1, 0.8, 2)}}
+    for name, chain in chains.items():
+        found = []
+        for seed in range(seeds):
+            rng, path = torch.Generator().manual_seed(seed), []
+            x0, y0 = world.draw(count, rng)
+
+            def model(x, y, t):
+                path.append(x)
+                return world.denoise(y, chain, x, t)
+            path.append(chain.sample(model, y0, rng) if chain else world.denoise(y0))
+            found.append(exact_measures(world, path[-1], x0, y0))
+        table[name], paths[name] = spread(found, EXACT), torch.stack(path)
+        axes[1, 0].plot(found[0]["mse"], found[0]["distance"], "o", ms=5, label=name)
+    print_table(f"chapter 0, {count} photographs, {seeds} seeds", table, EXACT)
+    print(EXACT_SAYS)
+    axes[1, 0].set(xlabel="MSE to x0 (fidelity)", ylabel="distance (realism)")
+    axes[1, 0].set_yscale("log")
+    axes[1, 0].legend(fontsize=7)
+    draw_points(axes[0, 0], world, x0, "")
+    draw_points(axes[0, 0], world, paths["the exact mean"][-1], "x0, and the mean")
+    for line, kind in zip(axes[:, 1:], ("ResShift", "from noise")):
+        for axis, name in zip(line, (f"{kind}, T = 4", f"{kind}, T = 15")):
+            draw_points(axis, world, paths[name][-1], name)
+        draw_points(line[2], world, x0[:0], f"{kind}: paths from x_15 to x_0")
+        line[2].plot(*paths[name][:, :12, :, 0, 0].permute(2, 0, 1), ".-", lw=0.7, ms=3)
+    write_file("exact.png", lambda path: figure.savefig(path, format="png"))
+
+
+def draw_points(axis, world, x, title):
+    """x (B, 2, 1, 1) and the world's centres on a matplotlib axis."""
+    axis.plot(*x[:600].flatten(1).T, ".", ms=3, alpha=0.6)
+    axis.plot(*world.centres.T, "k+", ms=6)
+    axis.set(xlabel="mean", ylabel="detail", xlim=(-2.2, 2.2), ylim=(-2.2, 2.2),
+             title=title)
 
 
 # ---- 4. The U-Net (read) -- Stable Diffusion 2.1's, at any width ---------------------
@@ -404,7 +462,8 @@ class UNet(nn.Module):
     """Stable Diffusion 2.1's U-Net.  forward(x, t, context) -> x.
 
     x (B, in_channels, h, w) -> (B, out_channels, h, w), any h and w; t (B,) in
-    0 .. 999; context (B, tokens, context_width).  All levels but the lowest attend.
+    0 .. 999; context (B, tokens, context_width).  The middle attends, and all
+    levels but the lowest.
     """
 
     def __init__(self, cfg, in_channels, out_channels):
@@ -522,7 +581,8 @@ class VaeHalf(nn.Module):
 
         def levels():
             for i, width in enumerate(w):
-                change = (lambda: Resample(width, up, not up)) if i < 3 else None
+                change = (lambda: Resample(width, up, asymmetric=not up)) if (
+                    i < 3) else None
                 yield Block([(w[max(i - 1, 0)], width)] + [(width, width)] * more, g,
                             eps=1e-6, **{"up" if up else "down": change})
         self.conv_in = nn.Conv2d(in_ch, w[0], 3, padding=1)
@@ -597,7 +657,7 @@ class VAE(nn.Module):
         fit_conv(self.skip_out, self.skip_in(y), y)
 
     def posterior(self, x):
-        """q(z | x) = N(mean, exp(logvar)): two (B, 16, H/8, W/8), for training only."""
+        """q(z | x) = N(mean, exp(logvar)): two (B, 16, H/8, W/8)."""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         if self.shuffle:
             mean = mean + self.skip_in(self.shuffle.encode(x))
@@ -642,8 +702,8 @@ class ResShift(nn.Module):
 
 # ---- 6. What teaches them (read) -- a step is a generator that yields players --------
 # A stage is (step, rates).  step(batch, draws) computes, yields a player (a module) and
-# its losses, and goes on when that player has made its gradient step: what one leaves
-# for the next is a local variable.  rates: {player: learning rate}.
+# its losses {name: scalar}, and goes on when `train` has made that player's gradient
+# step: what one leaves for the next is a local variable.  rates: {player: rate}.
 class Batch(SimpleNamespace):
     """One training batch, float32 on the device; what is missing is filled when read.
 
@@ -657,8 +717,8 @@ class Batch(SimpleNamespace):
     z_tea     (B, C, h, w)      like z_hq      GenDR's latent               chapter 2
     y_tea     (B, 3, H, W)      about [-1, 1]  GenDR's picture              chapter 2
 
-    The last five are outputs of frozen networks: `Pairs.add` says which, and keeps them
-    for all pairs of a pool.  They come unrounded: 8 bits would teach a grid of 1/255.
+    The last five are outputs of frozen networks (`Pairs.add`, at each chapter's end).
+    They come unrounded: 8 bits would teach a grid of 1/255.
     """
 
     def __getattr__(self, name):         # only called where a field is missing
@@ -682,7 +742,7 @@ class Draws:
 
     def each(self, draw, count, *size, **how):
         """This process's share of draw: torch.rand, torch.randn, torch.randint."""
-        (rank, n), size = world(), (world()[1] * count, *size)
+        (rank, n), size = rank_and_size(), (rank_and_size()[1] * count, *size)
         return draw(size=size, generator=self.rng, device="cpu", **how).chunk(n)[rank]
 
     def noise(self, x):
@@ -757,7 +817,7 @@ def train(run, name, stage, pairs, steps, watch=None):
     bar = tqdm(range(first, steps), name, steps, initial=first, disable=quiet())
     for i, batch in zip(bar, pairs.batches(name, first, steps)):
         moves, done = step(batch, Draws(stage_seed(cfg, name, i))), i + 1
-        warm = min(1.0, done / max(1, cfg.warmup))             # up, then half a cosine
+        warm = min(1.0, done / max(1, cfg.warmup))             # times half a cosine
         factor = warm * 0.5 * (1 + math.cos(math.pi * i / steps))
         while True:
             with autocast(cfg):
@@ -771,7 +831,7 @@ def train(run, name, stage, pairs, steps, watch=None):
         if done % cfg.log_every == 0 or done == steps:
             values = {k: torch.stack(v).mean().item() for k, v in seen.items()}
             swap(trained[0], average)
-            values |= watch() if watch and world()[0] == 0 else {}
+            values |= watch() if watch and rank_and_size()[0] == 0 else {}
             swap(trained[0], average)
             each, seen = (time.time() - started) / (done - first), {}
             run.log(name, done, values)
@@ -793,11 +853,12 @@ def descend(optimizer, losses, rate, clip, name):
     """
     parameters = optimizer.param_groups[0]["params"]
     gradients = torch.autograd.grad(sum(losses.values()), parameters, allow_unused=True)
-    for p, p.grad in zip(parameters, gradients):
-        if p.grad is not None and world()[1] > 1:
+    for p, gradient in zip(parameters, gradients):
+        p.grad = gradient                                      # until the step is made
+        if p.grad is not None and rank_and_size()[1] > 1:
             p.grad = p.grad.contiguous()
             torch.distributed.all_reduce(p.grad)
-            p.grad /= world()[1]
+            p.grad /= rank_and_size()[1]
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     if not torch.isfinite(norm):                               # one sync a step
         bad = ", ".join(k for k, v in losses.items() if not torch.isfinite(v))
@@ -855,7 +916,7 @@ def chapter(run, name, build, teach=None, before=()):
     else:
         teach(model)
         save_weights(own, file)
-        if world()[0] == 0:
+        if rank_and_size()[0] == 0:
             (run.folder / f"{name}.ckpt").unlink(missing_ok=True)
     return model.requires_grad_(False).eval()
 
@@ -886,7 +947,7 @@ def chapter_end(run, pairs=None):
 def chapter_prior(run, pairs=None):
     """The prior: loaded, or trained on `pairs`, from cfg.unet_weights if there are any.
 
-    conv_in and conv_out stay at torch's start: Stable Diffusion has other channels.
+    conv_in and conv_out stay at our start: Stable Diffusion has other channels.
     """
     cfg = run.cfg
 
@@ -1197,16 +1258,16 @@ def lattice(y):
 
     peak: the mean over the 63 points (k/8, l/8) but (0, 0) of 10 log10(power there /
     mean power of its 7x7 neighbourhood without the inner 3x3); chance gives -2.5.
-    amplitude: the RMS of what stands above the neighbourhood.  Luma on 8-bit levels;
-    y (B, 3, H, W) in [-1, 1], sides multiples of 8.
+    amplitude: the RMS of what stands above the neighbourhood.  Luma on 8-bit levels; y
+    (B, 3, H, W) in [-1, 1]; what is over a multiple of 8 is left out.
     """
-    grey = luma(to_bytes(y).double())
+    grey = luma(to_bytes(y[:, :, :y.shape[2] // 8 * 8, :y.shape[3] // 8 * 8]).double())
     grey = grey - grey.mean((2, 3), keepdim=True)
     power = torch.fft.fft2(grey, norm="ortho").abs() ** 2
     ring = torch.ones(1, 1, 7, 7).to(power)
     ring[:, :, 2:5, 2:5] = 0
     near = F.conv2d(F.pad(power, (3, 3, 3, 3), "circular"), ring) / ring.sum()
-    h, w = (n // 8 for n in y.shape[2:])
+    h, w = (n // 8 for n in grey.shape[2:])
     power, near = (x[:, 0, ::h, ::w].flatten(1)[:, 1:] for x in (power, near))
     peak = 10 * torch.log10(power.clamp(min=1e-9) / near.clamp(min=1e-9)).mean(1)
     return peak, ((power - near).clamp(min=0).sum(1) / grey[0].numel()).sqrt()
@@ -1255,6 +1316,8 @@ def evaluate(methods, held, lpips):
     for name, method in methods.items():
         started, each = time.perf_counter(), []
         pictures = [method(pair).float().clamp(-1, 1) for pair in held]
+        if device().type == "cuda":
+            torch.cuda.synchronize()
         ms = 1000 * (time.perf_counter() - started) / len(held)
         for y, pair in zip(pictures, held):
             a, b, (peak, amplitude) = to_unit(y), to_unit(pair.hq), lattice(y)
@@ -1288,62 +1351,6 @@ QUALITY = {"psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", 
            "lattice_amplitude": ("grey", ".2f"), "ms": ("ms", ".0f")}
 
 
-EXACT = {"mse": ("MSE to x0", ".2f"), "distance": ("distance", ".3f"),
-         "energy": ("energy", ".1f")}    # fidelity, realism, both: `exact_measures`
-EXACT_SAYS = """
-The mean has the least error there is, and lies off the curve: that is what blur is.
-A faithful sample has about twice the mean's error, and lies on the curve.
-Residual shifting needs about half the steps of a chain from noise for one distance.
-kappa and p trade fidelity against realism: less error, more distance."""
-
-
-def exact(count=2000, seeds=3):
-    """--exact: chapter 0's claims as one table, and exact.png."""
-    from matplotlib.figure import Figure
-    world, table, paths, figure = ExactWorld(), {}, {}, Figure(
-        (18, 9), 80, layout="constrained")
-    axes, chains = figure.subplots(2, 4), {
-        "the exact mean": None,
-        **{f"ResShift, T = {n}": ResidualShift(n) for n in (4, 8, 15, 30)},
-        **{f"from noise, T = {n}": FromNoise(n) for n in (4, 8, 15, 30)},
-        **{f"kappa = {k:g}": ResidualShift(15, k) for k in (0.5, 8, 32)},
-        **{f"p = {p:g}": ResidualShift(15, power=p) for p in (0.1, 0.8, 2)}}
-    for name, chain in chains.items():
-        found = []
-        for seed in range(seeds):
-            rng, path = torch.Generator().manual_seed(seed), []
-            x0, y0 = world.draw(count, rng)
-
-            def model(x, y, t):
-                path.append(x)
-                return world.denoise(y, chain, x, t)
-            path.append(chain.sample(model, y0, rng) if chain else world.denoise(y0))
-            found.append(exact_measures(world, path[-1], x0, y0))
-        table[name], paths[name] = spread(found, EXACT), torch.stack(path)
-        axes[1, 0].plot(found[0]["mse"], found[0]["distance"], "o", ms=5, label=name)
-    print_table(f"chapter 0, {count} photographs, {seeds} seeds", table, EXACT)
-    print(EXACT_SAYS)
-    axes[1, 0].set(xlabel="MSE to x0 (fidelity)", ylabel="distance (realism)")
-    axes[1, 0].set_yscale("log")
-    axes[1, 0].legend(fontsize=7)
-    draw_points(axes[0, 0], world, x0, "")
-    draw_points(axes[0, 0], world, paths["the exact mean"][-1], "x0, and the mean")
-    for line, kind in zip(axes[:, 1:], ("ResShift", "from noise")):
-        for axis, name in zip(line, (f"{kind}, T = 4", f"{kind}, T = 15")):
-            draw_points(axis, world, paths[name][-1], name)
-        draw_points(line[2], world, x0[:0], f"{kind}: paths from x_15 to x_0")
-        line[2].plot(*paths[name][:, :12, :, 0, 0].permute(2, 0, 1), ".-", lw=0.7, ms=3)
-    write_file("exact.png", lambda path: figure.savefig(path, format="png"))
-
-
-def draw_points(axis, world, x, title):
-    """x (B, 2, 1, 1) and the world's centres on a matplotlib axis."""
-    axis.plot(*x[:600].flatten(1).T, ".", ms=3, alpha=0.6)
-    axis.plot(*world.centres.T, "k+", ms=6)
-    axis.set(xlabel="mean", ylabel="detail", xlim=(-2.2, 2.2), ylim=(-2.2, 2.2),
-             title=title)
-
-
 def spread(found, columns):
     """{key: "mean +- deviation"} of rows that differ in their seed: `print_table`'s."""
     v = {k: torch.tensor([row[k] for row in found]) for k in columns}
@@ -1368,6 +1375,9 @@ class Pairs(Dataset):
               f"{len(files) - len(self.files)} left out, smaller than {cfg.crop} px")
         if not self.files:
             raise UserError(f"{cfg.train_data}: no picture has a {cfg.crop} pixel crop")
+
+    def __getstate__(self):              # for workers: without networks and pool
+        return {"cfg": self.cfg, "files": self.files}
 
     def __getitem__(self, seed):
         rng, dice = torch.Generator().manual_seed(seed), random.Random(seed)
@@ -1402,7 +1412,7 @@ class Pairs(Dataset):
 
     def batches(self, stage, first, steps):
         """The batches of steps first .. steps - 1, other samples in every process."""
-        cfg, (rank, size) = self.cfg, world()
+        cfg, (rank, size) = self.cfg, rank_and_size()
         n = cfg.estimator_batch if stage == "estimator" else cfg.batch
         if self.kept:
             for i in range(first, steps):
@@ -1449,8 +1459,8 @@ def held_out(cfg, folder=None):
     """
     folder, held, s = Path(folder or cfg.val_data), [], 8 * cfg.scale
     real = (folder / "lq").is_dir()
-    files = {f.stem: f for f in picture_files(folder / "hq" if real else folder)}
-    other = {f.stem: f for f in picture_files(folder / "lq")} if real else files
+    files, other = ({str(f.relative_to(root).with_suffix("")): f for f in picture_files(
+        root)} for root in ((folder / "hq", folder / "lq") if real else 2 * [folder]))
     if files.keys() != other.keys():
         odd = ", ".join(sorted(files.keys() ^ other.keys()))
         raise UserError(f"{folder}: in lq/ or in hq/ alone: {odd}")
@@ -1486,7 +1496,7 @@ def autocast(cfg):
     return torch.autocast(device().type, dtype=torch.bfloat16, enabled=on)
 
 
-def world():
+def rank_and_size():
     """(rank of this process, number of processes): (0, 1) unless under torchrun."""
     d = torch.distributed
     joined = d.is_available() and d.is_initialized()
@@ -1495,7 +1505,7 @@ def world():
 
 def quiet():
     """tqdm's `disable`: no bars where stderr is no terminal, or from other ranks."""
-    return True if world()[0] > 0 else None
+    return True if rank_and_size()[0] > 0 else None
 
 
 class Run:
@@ -1517,7 +1527,7 @@ class Run:
                                 if old else f"{folder}: no run here; train first")
             self.cfg = Config(**{k: tuple(v) if isinstance(v, list) else v
                                  for k, v in old.items() if k != "on"})
-        elif world()[0] == 0:                                  # rank 0 alone writes
+        elif rank_and_size()[0] == 0:                          # rank 0 alone writes
             now = json.loads(json.dumps(dataclasses.asdict(cfg) | {"on": on or {}}))
             odd = {k for k in now | old if old and old.get(k) != now.get(k)} - self.FREE
             if odd:
@@ -1549,7 +1559,7 @@ class Run:
 
     def log(self, stage, step, values):
         """Append one row a value to log.csv: stage, step, name, value."""
-        if world()[0] == 0:
+        if rank_and_size()[0] == 0:
             head = "" if self.csv.exists() else "stage,step,name,value\n"
             with open(self.csv, "a") as f:
                 f.write(head + "".join(f"{stage},{step},{k},{v:.6g}\n"
@@ -1557,14 +1567,15 @@ class Run:
 
     def forget(self, stage, step):
         """Drop a stage's rows of log.csv after `step`: a resumed stage writes anew."""
-        rows = self.csv.read_text().splitlines(True) if self.csv.exists() else []
-        write_file(self.csv, "".join(r for r in rows if not r.startswith(f"{stage},")
-                                     or int(r.split(",")[1]) <= step))
+        if self.csv.exists():
+            rows = self.csv.read_text().splitlines(True)
+            write_file(self.csv, "".join(r for r in rows if not r.startswith(
+                f"{stage},") or int(r.split(",")[1]) <= step))
 
 
 def write_file(path, data):
     """Write text, or call data(path), to a temporary file, then rename it; rank 0's."""
-    if world()[0] == 0:
+    if rank_and_size()[0] == 0:
         temporary = Path(f"{path}.tmp")
         data(temporary) if callable(data) else temporary.write_text(data)
         os.replace(temporary, path)
@@ -1645,7 +1656,7 @@ def config_from(args):
     cfg = dataclasses.replace(preset(args["preset"]),
                               **{k: v for k, v in args.items() if k in TABLE})
     rules = {
-        "distill_t is in 1 .. steps": 1 <= cfg.distill_t <= cfg.steps,
+        "distill_t is 1 or more": cfg.distill_t >= 1,
         "steps is 2 or more": cfg.steps >= 2,
         "0 <= eta_1 < eta_T < 1": 0 <= cfg.eta_1 < cfg.eta_T < 1,
         "vae_widths has four levels: f = 8": len(cfg.vae_widths) == 4,
@@ -1669,10 +1680,10 @@ def command_line(main):
             if cuda:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             torch.distributed.init_process_group("nccl" if cuda else "gloo")
-            if world()[0] > 0:
+            if rank_and_size()[0] > 0:
                 sys.stdout = open(os.devnull, "w")
         code = main()
-        if world()[1] > 1:
+        if rank_and_size()[1] > 1:
             torch.distributed.destroy_process_group()
         sys.exit(code)
     except (UserError, OSError, FloatingPointError) as error:  # OSError: a full disk

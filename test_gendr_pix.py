@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -422,6 +423,13 @@ def test_pixel_shuffle_is_the_identity_and_torchs():
     assert z.shape == (2, 192, 2, 3) and end.channels == 192
     assert torch.equal(end.decode(z), x)
     assert torch.equal(z, nn.PixelUnshuffle(8)(x))
+
+
+def test_pairs_travel_to_a_worker_without_networks(in_project):
+    pairs = r.Pairs(MICRO)
+    pairs.add("z_hq", lambda batch: batch.hq)
+    far = pickle.loads(pickle.dumps(pairs))
+    assert torch.equal(far[7]["lq"], pairs[7]["lq"]) and "teachers" not in vars(far)
 
 
 def test_held_out_pictures_have_groups_and_several_degradations(in_project):
@@ -887,7 +895,7 @@ def train_every_stage(folder, batch):
         model = play_stage(stage, 3, run, pairs, vae, prior, lambda m: r.save_weights(
             m.state_dict(), Path(folder) / f"{stage}-start.safetensors"))
         r.save_weights(model.state_dict(), Path(folder) / f"{stage}.safetensors")
-        if r.world()[0] == 0:
+        if r.rank_and_size()[0] == 0:
             run.lock_file.close()
 
 
@@ -1672,5 +1680,5 @@ if __name__ == "__main__":
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         torch.distributed.init_process_group("gloo")
     train_every_stage(sys.argv[1], int(sys.argv[2]))
-    if r.world()[1] > 1:
+    if r.rank_and_size()[1] > 1:
         torch.distributed.destroy_process_group()
