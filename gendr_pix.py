@@ -544,13 +544,13 @@ class Discriminator(nn.Module):
         return torch.cat([head(f).flatten(1) for head, f in
                           zip(self.heads, features)], dim=1)
 
-    def loss(self, fake, real):
-        """D's own: softplus(D(fake)) + softplus(-D(real)), on detached features.
-
-        The generator's is softplus(-D(fake)).
-        """
-        fake, real = (self.judge([f.detach() for f in x]) for x in (fake, real))
-        return F.softplus(fake).mean() + F.softplus(-real).mean()
+    def losses(self, fake, h):
+        """D's own, softplus(D(fake)) + softplus(-D(h)): on the fake's features, detached,
+        and on a real input h.  The generator's is softplus(-D(fake))."""
+        with torch.no_grad():
+            real = self.features(h)
+        fake = self.judge([f.detach() for f in fake])
+        return {"d": F.softplus(fake).mean() + F.softplus(-self.judge(real)).mean()}
 
 
 # ---- 6. The stages (read) -- who teaches, who criticises, which losses ---------------
@@ -602,9 +602,7 @@ def gendr_stage(prior, student, cfg):
             z_t, t = noised(prior.chain, z_g, z_l, draws, cfg)
             yield fake_score, {"fake": F.mse_loss(fake_score(z_t, z_l, t), z_g)}
         if critic:
-            with torch.no_grad():
-                real = critic.features(z_h)
-            yield critic, {"d": critic.loss(seen, real)}
+            yield critic, critic.losses(seen, z_h)
     rates = {student: cfg.gendr_learning_rate, fake_score: cfg.fake_learning_rate,
              critic: cfg.critic_learning_rate}
     return step, {player: rate for player, rate in rates.items() if player}
@@ -625,9 +623,7 @@ def adc_stage(gendr, student, cfg):
         seen = critic.features(z)
         yield student, {"l1": F.l1_loss(z, target), "adv": cfg.lambda_adv * F.softplus(
             -critic.judge(seen)).mean()}
-        with torch.no_grad():
-            real = critic.features(batch.z_hq)
-        yield critic, {"d": critic.loss(seen, real)}
+        yield critic, critic.losses(seen, batch.z_hq)
     return step, {student: cfg.student_learning_rate, critic: cfg.critic_learning_rate}
 
 
@@ -650,9 +646,8 @@ def pix_stage(adc, student, lpips, cfg):
         losses["lpips"] = cfg.lambda_lpips * lpips(y, target).mean()
         losses["fourier"] = cfg.lambda_fourier * masked_fourier_loss(y, target)
         yield student, losses
-        with torch.no_grad():
-            real = critic.features(adc.end_in.encode(rand_pad(batch.hq, *phase)))
-        yield critic, {"d": critic.loss(seen, real)}
+        real = adc.end_in.encode(rand_pad(batch.hq, *phase))
+        yield critic, critic.losses(seen, real)
     return step, {student: cfg.student_learning_rate, critic: cfg.critic_learning_rate}
 
 
@@ -902,7 +897,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 @torch.no_grad()
-def measure(function, cfg, repeats=5, budget=20.0):
+def measure(function, cfg, repeats=3, budget=20.0):
     """(milliseconds, peak bytes) of function(): median of `repeats` after a warm-up.
 
     Fewer repeats once they have taken `budget` seconds.  On CUDA the peak is the
@@ -1157,7 +1152,7 @@ def report(run, m, held, lpips, size, guidance):
     ranks = rank_correlations(m["estimator"], held, run.cfg)
     print("\nestimator, rank correlation with the truth: "
           + ", ".join(f"{k} {v:.2f}" for k, v in ranks.items()))
-    errors = error_by_time(m["resshift"], m["vae"], held)
+    errors = error_by_time(m["resshift"], m["vae"], held[::run.cfg.val_draws])
     print("the prior's error at t = 1 .. T: ", *(f"{e:.3f}" for e in errors))
     bench = benchmark({name: m[name] for name in NAMES}, size)
     rows = checks(table, bench, errors)

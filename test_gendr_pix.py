@@ -1385,10 +1385,11 @@ def test_discriminator_reads_the_end_of_every_level():
 def test_adversarial_losses_are_the_softplus_formulas():
     gendr, _ = awake_restorer()
     critic = g.Discriminator(gendr, MICRO)
-    fake, real = (critic.features(randn(2, 16, 4, 4, seed=s)) for s in (0, 1))
+    h = randn(2, 16, 4, 4, seed=1)
+    fake, real = critic.features(randn(2, 16, 4, 4)), critic.features(h)
     expected = torch.log1p(critic.judge(fake).exp()).mean() + torch.log1p(
         (-critic.judge(real)).exp()).mean()
-    close(critic.loss(fake, real), expected, 1e-5)
+    close(critic.losses(fake, h)["d"], expected, 1e-5)
 
 
 # ---- gendr_pix.py, 6 and 7: negatives, restore ---------------------------------------
@@ -1663,7 +1664,7 @@ def test_the_scripts_keep_their_shape():
                 assert node.end_lineno - node.lineno < 50, node.name
 
 
-@pytest.mark.xfail(strict=True, reason="the budget is missed, by about 170 lines")
+@pytest.mark.xfail(strict=True, reason="the budget is missed, by about 490 lines")
 def test_the_line_budget():
     lines = [len((HERE / name).read_text().splitlines()) for name in
              ("resshift.py", "gendr_pix.py")]
