@@ -545,8 +545,8 @@ class Discriminator(nn.Module):
                           zip(self.heads, features)], dim=1)
 
     def losses(self, fake, h):
-        """D's own, softplus(D(fake)) + softplus(-D(h)): on the fake's features, detached,
-        and on a real input h.  The generator's is softplus(-D(fake))."""
+        """D's own, softplus(D(fake)) + softplus(-D(h)), on the features of a fake,
+        detached, and a real input h.  The generator's is softplus(-D(fake))."""
         with torch.no_grad():
             real = self.features(h)
         fake = self.judge([f.detach() for f in fake])
