@@ -17,6 +17,7 @@ Ranges:  images are float in [-1, 1] inside, [0, 1] in metrics, uint8 in files.
 """
 import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import io
 import json
@@ -1282,12 +1283,18 @@ class Perceptual(nn.Module):
     """LPIPS of images in [-1, 1]: forward(a, b) -> (B,).  `name` says what measured.
 
     torchvision downloads the backbone on first use.  Where it cannot, it stays at a
-    fixed random seed, and every table of it says "LPIPS (random features)".
+    fixed random seed, and every table of it says "LPIPS (random features)".  A file
+    that is there already must have the SHA-256 that its name begins: it is unpickled.
     """
     FILES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 
     def __init__(self, net):
         super().__init__()
+        file = Path(torch.hub.get_dir(), "checkpoints", self.FILES[net])
+        if file.exists():
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            if not file.stem.endswith(digest[:8]):
+                raise UserError(f"{file}: not torchvision's: its SHA-256 is {digest}")
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")                    # torchvision's old API
             torch.manual_seed(0)
@@ -1296,8 +1303,7 @@ class Perceptual(nn.Module):
                 self.name = f"LPIPS ({net})"
             except OSError:                                    # URLError is one
                 print("LPIPS: no backbone; random features instead. For the real one "
-                      f"put {self.FILES[net]} (torchvision) into "
-                      f"{torch.hub.get_dir()}/checkpoints")
+                      f"put {file.name} (torchvision) into {file.parent}")
                 self.model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
                 self.name = "LPIPS (random features)"
         self.requires_grad_(False).eval()

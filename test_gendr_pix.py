@@ -630,6 +630,27 @@ def no_backbone(monkeypatch):
     monkeypatch.setattr(r.lpips, "LPIPS", offline)
 
 
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_nothing_foreign_is_unpickled(tmp_path, monkeypatch, in_project):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    for file in (tmp_path / "checkpoints" / r.Perceptual.FILES["alex"],
+                 tmp_path / "x.ckpt", tmp_path / "x.safetensors"):
+        torch.save({"step": Payload()}, file)
+    with pytest.raises(r.UserError, match="not torchvision's"):
+        r.Perceptual("alex")
+    with pytest.raises(r.UserError, match="not a weights file"):
+        r.load_weights({}, tmp_path / "x.safetensors")
+    with pytest.raises(pickle.UnpicklingError):
+        r.resume(r.SimpleNamespace(folder=tmp_path), "x", (), ())
+    assert not (tmp_path / "ran").exists()
+
+
 def test_lpips_without_its_backbone_says_so_and_repeats(monkeypatch, capsys):
     no_backbone(monkeypatch)
     state = torch.get_rng_state()
