@@ -317,7 +317,8 @@ def exact(count=2000, seeds=3):
             path.append(chain.sample(model, y0, rng) if chain else world.denoise(y0))
             found.append(exact_measures(world, path[-1], x0, y0))
         table[name], paths[name] = spread(found, EXACT), torch.stack(path)
-        axes[1, 0].plot(found[0]["mse"], found[0]["distance"], "o", ms=5, label=name)
+        axes[1, 0].plot(found[0]["mse"], found[0]["distance"], "os^D"[len(paths) // 4],
+                        label=name)
     print_table(f"chapter 0, {count} photographs, {seeds} seeds", table, EXACT)
     print(EXACT_SAYS)
     axes[1, 0].set(xlabel="MSE to x0 (fidelity)", ylabel="distance (realism)")
