@@ -764,7 +764,8 @@ def vae_stage(vae, cfg):
     """
     def step(batch, draws):
         top, left = (draws.dice.randrange(cfg.crop - cfg.vae_crop + 1) for _ in "yx")
-        x = torch.cat([batch.hq[len(batch.hq) // 4:], batch.lq_up[:len(batch.hq) // 4]])
+        low = (draws.each(torch.rand, len(batch.hq)) < 0.25).to(batch.hq.device)
+        x = torch.where(low.view(-1, 1, 1, 1), batch.lq_up, batch.hq)
         x = x[:, :, top:top + cfg.vae_crop, left:left + cfg.vae_crop]
         mean, logvar = vae.posterior(x)
         z = mean + (logvar / 2).exp() * draws.noise(mean)

@@ -169,28 +169,25 @@ def test_bad_schedules_are_refused():
 # ---- chapter 0: the exact world, an oracle for both files ----------------------------
 
 
-def log_density(world, x_t, y0, mean, variance):
-    """log p(x_t, y0), term by term; mean(x0), variance: x_t's, given x0."""
-    c, s2, n2 = world.centres, world.STD ** 2, (world.NOISE ** 2)[0]
-    gain, shift = mean(1.0) - mean(0.0), mean(0.0)           # the mean is affine in x0
-    detail = torch.distributions.Normal(
-        gain * c[:, 1] + shift[:, 1:], (gain ** 2 * s2 + variance).sqrt())
-    a, y = x_t - shift, y0[:, :1]
-    both = torch.stack([a[:, :1].expand(-1, len(c)) - gain * c[:, 0], y - c[:, 0]], -1)
-    cov = torch.tensor([[gain ** 2 * s2 + variance, gain * s2], [gain * s2, s2 + n2]])
-    joint = torch.distributions.MultivariateNormal(torch.zeros(2), cov)
+def log_density(world, x_t, y0, gain, shift, variance):
+    """log p(x_t, y0's mean), where x_t ~ N(gain x0 + shift, variance), term by term."""
+    c, s2, n2 = world.centres, torch.tensor(world.STD ** 2), world.NOISE[0] ** 2
+    detail = torch.distributions.Normal(gain * c[:, 1] + shift[:, 1:],
+                                        (gain ** 2 * s2 + variance).sqrt())
+    cov = torch.stack([gain ** 2 * s2 + variance, gain * s2, gain * s2, s2 + n2])
+    joint = torch.distributions.MultivariateNormal(torch.zeros(2), cov.view(2, 2))
+    both = torch.stack([(x_t - shift)[:, :1] - gain * c[:, 0], y0[:, :1] - c[:, 0]], -1)
     return torch.logsumexp(detail.log_prob(x_t[:, 1:]) + joint.log_prob(both), 1)
 
 
 def test_exact_denoiser_is_the_score_and_vsd_the_difference_of_scores():
     """Tweedie: score = ((1 - eta) f + eta y0 - x_t) / (kappa^2 eta), by autograd."""
     world, chain, t = r.ExactWorld(), r.ResidualShift(15), 6
-    eta, k2 = chain.eta[t].item(), chain.kappa ** 2
+    eta, k2 = chain.eta[t], chain.kappa ** 2
     x0, y0 = world.draw(64, rng())
     x_t = chain.q_sample(x0, y0, torch.tensor([t]), randn(64, 2, 1, 1))
     flat, y = x_t.flatten(1).clone().requires_grad_(True), y0.flatten(1)
-    density = log_density(world, flat, y, lambda x: x * (1 - eta) + eta * y,
-                          torch.tensor(k2 * eta))
+    density = log_density(world, flat, y, 1 - eta, eta * y, k2 * eta)
     score, = torch.autograd.grad(density.sum(), flat)
     real = world.denoise(y0, chain, x_t, torch.tensor([t]))
     close(((1 - eta) * real + eta * y0 - x_t).flatten(1) / (k2 * eta), score, 1e-3)
@@ -226,13 +223,13 @@ def test_sampling_converges_to_the_posterior_of_one_gaussian(chain):
     y0, errors = y0.reshape(-1, 2, 1, 1)[:20_000], []
     precision = torch.tensor([1 / 0.25 + 1 / 0.09, 1 / 0.25])
     mean = torch.tensor([0.3 / 0.25 + 0.8 / 0.09, -0.5 / 0.25]) / precision
-    for steps in (4, 200):
+    for steps in (20, 400):
         c = chain(steps)
         x = c.sample(lambda x, y, t: world.denoise(y, c, x, t), y0, rng()).flatten(1)
         cov = torch.cov(x.T)
         errors.append((cov - torch.diag(1 / precision)).abs().max().item())
         close(x.mean(0), mean, 0.03)
-    assert errors[1] < 0.01 and errors[1] < 0.5 * errors[0]
+    assert errors[1] < 0.02 and errors[1] < 0.5 * errors[0]
 
 
 def test_chapter_0_prints_its_claims_and_draws(tmp_path):
@@ -1264,8 +1261,8 @@ def test_distillation_leaves_a_latents_mean_to_the_regression():
     z_g.requires_grad_(True)
     fake = wake(g.fake_score_from(prior, cfg))
     g.distillation(prior, fake, z_g, z_h, z_l, r.Draws(1), cfg).backward()
-    assert z_g.grad.abs().max() > 1e-4
-    close(z_g.grad.mean((2, 3)), torch.zeros(2, 16), 1e-6)
+    assert z_g.grad.abs().max() > 1e-5
+    close(z_g.grad.mean((2, 3)), torch.zeros(2, 16), 1e-9)
     batch = r.Batch(z_hq=z_h, z_lq=z_l, estimate=torch.rand(2, 2, generator=rng()))
     cfg = dataclasses.replace(cfg, negative=0.0)
     step, _ = g.gendr_stage(prior, gendr, cfg)
@@ -1547,7 +1544,8 @@ def finished(tmp_path_factory):
 
 SMALL = ("--pool", 8, "--batch", 2, "--crop", 64, "--unet-widths", 16, 32, "--groups",
          8, "--head-width", 16, "--vae-widths", 8, 8, 8, 16, "--vae-groups", 4,
-         "--vae-crop", 32, "--steps", 4, "--distill-t", 3, "--val-draws", 1)
+         "--vae-crop", 32, "--steps", 4, "--val-draws", 1,
+         "--val-data", "tiny_data/val/other")
 
 
 def test_train_goes_through_every_stage_and_writes_every_file(finished):
