@@ -48,8 +48,8 @@ from resshift import (
     PixelShuffle, Prompts, ResShift, ResidualShift, Run, UserError, autocast, chapter,
     chapter_end, chapter_prior, command_line, command_of, config_from, degrade, device,
     draw_points, error_by_time, evaluate, exact_measures, fit_conv, from_pil, held_out,
-    luma, negatives, noise_like, open_picture, pad_to, print_table, sample, spectrum,
-    spread, to_pil, train, upsample, rank_and_size, write_file)
+    luma, means, negatives, noise_like, open_picture, pad_to, print_table,
+    rank_and_size, sample, spectrum, spread, to_pil, train, upsample, write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
 class DegradationEstimator(nn.Module):
@@ -768,7 +768,7 @@ def all_chapters(run, pairs=None, lpips=None, held=()):
     chapter is watched by measures on held-out pictures, one draw of each.
     """
     def watch(model):
-        scale, some = run.cfg.scale, list({p.name: p for p in held}.values())
+        scale, some = run.cfg.scale, [p for p in held if p.draw == 0]
         row = evaluate({"": lambda p: restore(model, m["estimator"], p.lq, scale)},
                        some, lpips)[""]
         return {f"val {k}": row[k] for k in ("psnr", "lpips", "spectral", "lattice")}
@@ -812,14 +812,15 @@ EXACT_SAID = """
 Regression finds the mean, off the curve.  VSD at small t draws it to the curve for a
 little error; at large t the noised mean looks like anything, and VSD is silent.
 SiD at xi = 1 is VSD here.  CiD is regression seen through J: it moves nothing.
-The trap: CiD's loss settles at 0, and no point has moved."""
+The trap: in both rows "alone" the loss is 0 from first to last, but VSD moves every
+point and CiD none.  The value of such a loss says nothing."""
 
 
 def exact_generator(name, world, seed, start=None, steps=400, batch=512):
     """An MLP G(y0) taught as EXACT_ROWS[name] says, from `start`; its losses.
 
     phi is the exact denoiser; so is psi: z_g, as G has one output for each y0.  It is
-    held fixed: where autograd reaches it, CiD alone runs away from the data.
+    held fixed: where autograd reached it, CiD would push z_g away from the data.
     """
     (score, first, last, regression), chain = EXACT_ROWS[name], ResidualShift()
     rng, losses = torch.Generator().manual_seed(seed), []
@@ -1103,24 +1104,24 @@ def draw_report(table, held, lpips, file, side=128, rows=6):
     """report.png: a row a picture, a column a method, where HQ has most detail; under
     each PSNR / LPIPS / spectral distance."""
     from matplotlib.figure import Figure
-    names = sorted({p.name for p in held})
-    names = [names[i * len(names) // rows] for i in range(rows)] if len(
-        names) > rows else names
-    figure = Figure(figsize=(20, 2.9 * len(names)), dpi=110, layout="constrained")
-    axes = figure.subplots(len(names), len(COLUMNS) + 2, squeeze=False)
-    for line, name in zip(axes, names):
-        i = next(i for i, p in enumerate(held) if p.name == name)
+    shown = [i for i, p in enumerate(held) if p.draw == 0]
+    if len(shown) > rows:
+        shown = [shown[i * len(shown) // rows] for i in range(rows)]
+    figure = Figure(figsize=(20, 2.9 * len(shown)), dpi=110, layout="constrained")
+    axes = figure.subplots(len(shown), len(COLUMNS) + 2, squeeze=False)
+    for line, i in zip(axes, shown):
         top, left = most_detail(held[i].hq, side)
 
         def cut(x):
             return x[:, :, top:top + side, left:left + side]
         lq = F.interpolate(held[i].lq, held[i].hq.shape[2:])
-        show(line[0], cut(lq), "LQ", name)
-        show(line[-1], cut(held[i].hq), "HQ", f"dB / {lpips.name[:5]} / spectral dB")
+        show(line[0], cut(lq), "LQ", held[i].name)
+        show(line[-1], cut(held[i].hq), "HQ")
         for axis, method in zip(line[1:], COLUMNS):
             e = table[method]["each"][i]
             show(axis, cut(table[method]["pictures"][i]), method,
                  f"{e['psnr']:.2f} / {e['lpips']:.3f} / {e['spectral']:.1f}")
+    figure.supxlabel(f"PSNR (dB) / {lpips.name} / spectral distance (dB)")
     write_file(file, lambda path: figure.savefig(path, format="png"))
 
 
@@ -1146,13 +1147,13 @@ def report(run, m, held, lpips, size, guidance):
     groups = sorted({p.group for p in held})
     for group in groups if len(groups) > 1 else ():
         at = [i for i, p in enumerate(held) if p.group == group]
-        print_table(f"{len(at)} of {len(held)}: {group}", {name: {
-            k: sum(row["each"][i][k] for i in at) / len(at) for k in row["each"][0]}
-            for name, row in table.items()}, QUALITY)
+        print_table(f"{len(at)} of {len(held)}: {group}", {
+            name: means([row["each"][i] for i in at]) for name, row in table.items()},
+            QUALITY)
     ranks = rank_correlations(m["estimator"], held, run.cfg)
     print("\nestimator, rank correlation with the truth: "
           + ", ".join(f"{k} {v:.2f}" for k, v in ranks.items()))
-    errors = error_by_time(m["resshift"], m["vae"], held[::run.cfg.val_draws])
+    errors = error_by_time(m["resshift"], m["vae"], [p for p in held if p.draw == 0])
     print("the prior's error at t = 1 .. T: ", *(f"{e:.3f}" for e in errors))
     bench = benchmark({name: m[name] for name in NAMES}, size)
     rows = checks(table, bench, errors)
@@ -1180,14 +1181,15 @@ def show(axis, picture, title="", below=""):
 
 
 # ---- 12. Rows that differ in Config alone (skim) -- comparison and ablation ----------
+PAPER = dict(kappa=2.0, power=0.3, steps=15)
 COMPARED = {                             # chapter 1: noise, shifting speed, T
-    "kappa 2, p 0.3 (paper)": dict(kappa=2.0, power=0.3, steps=15),
-    "weaker noise, kappa 0.5": dict(kappa=0.5),
-    "stronger noise, kappa 8": dict(kappa=8.0),
-    "slower shifting, p 1": dict(power=1.0),
-    "faster shifting, p 0.1": dict(power=0.1),
-    "from noise: kappa 40, p 0.8": dict(kappa=40.0, power=0.8),
-    "T = 4": dict(steps=4),
+    "kappa 2, p 0.3 (paper)": PAPER,
+    "weaker noise, kappa 0.5": PAPER | dict(kappa=0.5),
+    "stronger noise, kappa 8": PAPER | dict(kappa=8.0),
+    "slower shifting, p 1": PAPER | dict(power=1.0),
+    "faster shifting, p 0.1": PAPER | dict(power=0.1),
+    "from noise: kappa 40, p 0.8": PAPER | dict(kappa=40.0, power=0.8),
+    "T = 4": PAPER | dict(steps=4),
 }
 PLAIN = dict(adapter="guided", distill="none", lambda_distill_adv=0.0, negative=0.05)
 ABLATED = {                              # chapter 2: what of GenDR does what
@@ -1232,9 +1234,7 @@ def compare_priors(run, pairs, held, lpips):
     def method_of(part):
         prior = chapter_prior(part, pairs)
         return lambda p: sample(prior, end, p.lq, part.cfg.scale)
-    paper = next(iter(COMPARED.values()))
-    return compare(run, {k: paper | v for k, v in COMPARED.items()}, ["vae"], method_of,
-                   held, lpips, seeds=1)
+    return compare(run, COMPARED, ["vae"], method_of, held, lpips, seeds=1)
 
 
 def ablate(run, m, pairs, held, lpips, steps=None, seeds=3):

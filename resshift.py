@@ -92,9 +92,10 @@ TABLE = dict(
     vae_kl=1e-6, negative=0.05,          # share of online negatives (S3Diff)
     guidance=1.07,                       # S3Diff's weight; GenDR-Pix prints none
     distill="vsd", xi=1.0,               # "none", "vsd", "sid" or "cid"; SiD's alpha
-    cid_guidance=1.5,                    # f_phi's; xi and the next 4 are open in GenDR
+    cid_guidance=1.5,                    # f_phi's; xi and the next 3 are open in GenDR
     distill_t=5,                         # t is drawn in 1 .. min(distill_t, T)
-    lambda_distill=1.0, lambda_distill_adv=0.0, lambda_mean=10.0,
+    lambda_distill=1.0, lambda_distill_adv=0.0,
+    lambda_mean=10.0,                    # ours: of the error of a latent's mean
     fake_steps=1,                        # fake score steps for each of the generator;
                                          # 0: the exact fake score, z_g itself
     lambda_adv=0.05, lambda_lpips=1.0, lambda_fourier=0.1,     # GenDR-Pix's stage II
@@ -214,7 +215,7 @@ def noise_like(x, rng):
 class ExactWorld:
     """Photographs of two pixels, x0 = (mean, detail), shaped (B, 2, 1, 1): a mixture of
     24 Gaussians of deviation 0.05 on a figure of eight, each axis of unit variance.
-    y0 = (mean + 0.3 noise, 0.05 noise): the detail is lost."""
+    y0 = (mean + 0.3 noise, 0.05 noise): the detail is lost.  Not in the papers."""
     STD, NOISE, SEEN = 0.05, torch.tensor([0.3, 0.05]), torch.tensor([1.0, 0.0])
 
     def __init__(self):
@@ -251,9 +252,9 @@ class ExactWorld:
 
 
 class FromNoise(ResidualShift):
-    """The opponent: a conventional, variance-preserving chain, with the same `sample`.
+    """The opponent: a conventional chain (DDPM, 2006.11239), with the same `sample`.
 
-    x_t ~ N( sqrt(a_t) x0, (1 - a_t) I ), a_t = prod(1 - beta) at T of LDM's 1000 times.
+    a_t = prod(1 - beta) at T of 1000 times of LDM's schedule (2112.10752).
     """
 
     def __init__(self, steps):
@@ -262,15 +263,19 @@ class FromNoise(ResidualShift):
         self.steps, self.a = steps, torch.cat([torch.ones(1), a.float()])
 
     def q_sample(self, x0, y0, t, noise):
+        """DDPM Eq. 4: x_t ~ N( sqrt(a_t) x0, (1 - a_t) I ); y0 plays no part."""
         a = self.at(self.a, t, x0)
         return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
     def posterior(self, x_t, x0, t):
+        """DDPM Eqs. 6-7, with a = a_t, b = a_(t-1): mean = (sqrt(b) (1 - a/b) x0 +
+        sqrt(a/b) (1 - b) x_t) / (1 - a), variance = (1 - b)/(1 - a) (1 - a/b)."""
         a, b = self.at(self.a, t, x_t), self.at(self.a, t - 1, x_t)
         mean = b.sqrt() * (1 - a / b) * x0 + (a / b).sqrt() * (1 - b) * x_t
         return mean / (1 - a), (1 - b) / (1 - a) * (1 - a / b)
 
     def prior_sample(self, y0, noise):
+        """x_T ~ N(0, I)."""
         return noise
 
 
@@ -607,6 +612,7 @@ def fit_conv(conv, x, y, ridge=1e-4):
     """Set a stride-1 convolution to the least-squares map from x to y: (B, ., h, w).
 
     Normal equations in float64; the ridge is relative to the patches' mean variance.
+    Not in the papers, nor is what it starts.
     """
     k = conv.kernel_size[0]
     x = rearrange(F.unfold(x, k, padding=k // 2), "b c n -> (b n) c").double()
@@ -1234,7 +1240,7 @@ def spectrum(y, bands=31):
 
     P: power of the luma in grey levels^2, Hann window, mean removed; y in [-1, 1].  The
     mean of the log, so that a few spikes do not pass for detail; P below 1e-3 counts
-    as 1e-3.
+    as 1e-3.  Ours, as are the two measures below.
     """
     grey = 255 * luma(to_unit(y).double())[:, 0]
     rows, columns = (torch.hann_window(n, dtype=grey.dtype, device=y.device) for n in
@@ -1333,9 +1339,13 @@ def evaluate(methods, held, lpips):
                          "lpips": lpips(y, pair.hq).item(),
                          "spectral": spectral_distance(y, pair.hq).item(),
                          "lattice": peak.item(), "lattice_amplitude": amplitude.item()})
-        mean = {k: sum(e[k] for e in each) / len(each) for k in each[0]}
-        table[name] = {**mean, "ms": ms, "each": each, "pictures": pictures}
+        table[name] = {**means(each), "ms": ms, "each": each, "pictures": pictures}
     return table
+
+
+def means(each):
+    """{key: mean} of a list of rows with the same keys."""
+    return {k: sum(e[k] for e in each) / len(each) for k in each[0]}
 
 
 def print_table(title, rows, columns):
@@ -1460,10 +1470,10 @@ def random_crop(photo, size, dice):
 
 
 def held_out(cfg, folder=None):
-    """Held-out photos: (name, group, hq, lq, scores) each; group: its folder's name.
+    """Held-out photos: (name, group, draw, hq, lq) each; group: its folder's name.
 
-    Each is degraded cfg.val_draws times, with seeds of its own, whatever cfg.seed.  A
-    folder with lq/ and hq/ inside gives real pairs, by name; their scores are nan.
+    Each is degraded cfg.val_draws times (draw 0, 1, ..), with seeds of its own,
+    whatever cfg.seed.  A folder with lq/ and hq/ inside gives real pairs, by name.
     """
     folder, held, s = Path(folder or cfg.val_data), [], 8 * cfg.scale
     real = (folder / "lq").is_dir()
@@ -1473,7 +1483,7 @@ def held_out(cfg, folder=None):
         odd = ", ".join(sorted(files.keys() ^ other.keys()))
         raise UserError(f"{folder}: in lq/ or in hq/ alone: {odd}")
     for i, (name, file) in enumerate(files.items()):
-        hq, scores = from_pil(open_picture(file)), torch.full((1, 2), math.nan)
+        hq = from_pil(open_picture(file))
         if min(hq.shape[2:]) < s:
             raise UserError(f"{file}: smaller than {s} pixels")
         if real:
@@ -1484,9 +1494,9 @@ def held_out(cfg, folder=None):
         for draw in range(1 if real else cfg.val_draws):
             if not real:
                 rng = torch.Generator().manual_seed(10_000 + 100 * i + draw)
-                lq, scores = degrade(hq, cfg, rng)
-            held.append(SimpleNamespace(name=name, group=file.parent.name, hq=hq.to(
-                device()), lq=lq.to(device()), scores=scores))
+                lq, _ = degrade(hq, cfg, rng)
+            held.append(SimpleNamespace(name=name, group=file.parent.name, draw=draw,
+                                        hq=hq.to(device()), lq=lq.to(device())))
     return held
 
 

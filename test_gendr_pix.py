@@ -196,6 +196,9 @@ def test_exact_denoiser_is_the_score_and_vsd_the_difference_of_scores():
     own = (z_g + eta * (y0 - z_g) - x_t).detach().flatten(1) / (k2 * eta)
     g.vsd_loss(z_g, real, z_g, 1.0).backward()
     close(z_g.grad.flatten(1) * z_g.numel(), (own - score) * k2 * eta / (1 - eta), 1e-3)
+    away = x0.clone().requires_grad_(True)                   # psi = z_g, not held fixed
+    g.cid_loss(y0, real, real, away, 1.0).backward()
+    close(away.grad * away.numel(), real + y0 - 2 * x0, 1e-5)
     still = x0.clone().requires_grad_(True)
     g.vsd_loss(still, real, real, 1.0).backward()            # the two scores agree
     assert not still.grad.any()
@@ -1683,7 +1686,7 @@ def test_the_scripts_keep_their_shape():
                 assert node.end_lineno - node.lineno < 50, node.name
 
 
-@pytest.mark.xfail(strict=True, reason="the budget is missed, by about 490 lines")
+@pytest.mark.xfail(strict=True, reason="the budget is missed, by about 500 lines")
 def test_the_line_budget():
     lines = [len((HERE / name).read_text().splitlines()) for name in
              ("resshift.py", "gendr_pix.py")]
