@@ -987,7 +987,7 @@ def counts(cfg, size):
 @torch.no_grad()
 def benchmark(models, size):
     """Print and return {row: {"ms", "MB", "faster", "memory", "share"}} at size^2:
-    a row for one pass, folded, for two (guided), and for one unfolded."""
+    a row for one folded pass and one for two (guided)."""
     x = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     x, scores, rows = (2 * x - 1).to(device()), torch.zeros(1, 2, device=device()), {}
     for name, model in models.items():
@@ -996,9 +996,7 @@ def benchmark(models, size):
             one, two = (measure(f, cfg) for f in (
                 lambda: model(x), lambda: guided(model, x, 1.07)))
             parts = [measure(f, cfg)[0] for f in parts_of(model, size).values()]
-        passes = {"": one, " guided": two,
-                  " unfolded": measure(lambda: model(x, scores), cfg)}
-        for suffix, (ms, peak) in passes.items():
+        for suffix, (ms, peak) in {"": one, " guided": two}.items():
             row = rows[NAMES[name] + suffix] = {"ms": ms, "MB": peak / 1e6}
             base = rows["GenDR" + suffix]
             row |= {"faster": base["ms"] / ms, "memory": row["MB"] / base["MB"] - 1}
@@ -1012,7 +1010,7 @@ def benchmark(models, size):
 
 # ---- 11. Evaluation and report (skim) ------------------------------------------------
 @torch.no_grad()
-def rank_correlations(estimator, held, cfg, draws=24):
+def rank_correlations(estimator, held, cfg, draws=8):
     """{"blur", "noise"}: Spearman's, estimate against truth, on `draws` new
     degradations of every held-out photo, with seeds of their own."""
     found = [degrade(held[i % len(held)].hq, cfg, torch.Generator().manual_seed(

@@ -77,10 +77,10 @@ TABLE = dict(
     estimator_width=(16, 48, 48),
     # training
     batch=(8, 16, 8), estimator_batch=32, vae_crop=(64, 128, 256),
-    vae_steps=(10, 30_000, 500_000), prior_steps=(2200, 100_000, 500_000),
+    vae_steps=(10, 30_000, 500_000), prior_steps=(1900, 100_000, 500_000),
     estimator_steps=(1800, 5000, 20_000),
     start_steps=(300, 30_000, 80_000), gendr_steps=(100, 10_000, 20_000),
-    adc_steps=(80, 20_000, 100_000), pix_steps=(80, 30_000, 100_000),
+    adc_steps=(60, 20_000, 100_000), pix_steps=(60, 30_000, 100_000),
     ablate_steps=(100, 4000, 10_000),    # of GenDR, for each row of --ablate
     learning_rate=(5e-4, 1e-4, 1e-5),    # of the prior
     vae_learning_rate=(1e-5, 5e-4, 1e-4), estimator_learning_rate=(3e-3, 1e-3, 1e-3),
@@ -940,7 +940,7 @@ def chapter_end(run, pairs=None):
             load_weights(vae.state_dict(), cfg.vae_weights, skip=("scale",))
         else:
             if cfg.vae_skip:
-                batch = pairs.some(256)                        # blur has to pass, too
+                batch = pairs.some(1024)                       # blur has to pass, too
                 vae.start_linear(torch.cat([batch.hq, batch.lq_up]))
             train(run, "vae", vae_stage(vae, cfg), pairs, cfg.vae_steps)
         with torch.no_grad():
