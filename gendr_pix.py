@@ -13,8 +13,7 @@ Papers: GenDR-Pix, arXiv 2602.10630; GenDR, 2503.06790; S3Diff, 2409.17058;
     python gendr_pix.py --tiny --input lq.png --output up.png
     python gendr_pix.py --tiny --eval               the table once more
     python gendr_pix.py --exact                     chapter 0 once more, seconds
-    python gendr_pix.py --compare --tiny            ResShift's kappa, p, T
-    python gendr_pix.py --ablate --tiny             GenDR's variants, 3 seeds
+    python gendr_pix.py --ablate --tiny             every claim a row, 3 seeds
     python gendr_pix.py --bench --full              counts, time, memory at full size
 
     restore(lq):  end_in(lq)  ->  U-Net, one step  ->  end_out
@@ -33,6 +32,7 @@ import math
 import time
 import weakref
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,14 +42,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from resshift import (
-    EXACT, NEGATIVE, POSITIVE, QUALITY, TABLE, VAE, ExactWorld, Pairs, Perceptual,
-    PixelShuffle, Prompts, ResShift, ResidualShift, Run, UserError, autocast, chapter,
-    chapter_end, chapter_prior, command_line, command_of, config_from, degrade, device,
-    draw_points, error_by_time, evaluate, exact_measures, fit_conv, from_pil, held_out,
-    luma, means, negatives, noise_like, open_picture, pad_to, print_table,
-    rank_and_size, sample, spectrum, spread, to_pil, train, upsample, write_file)
+    NEGATIVE, POSITIVE, QUALITY, TABLE, VAE, Pairs, Perceptual, PixelShuffle, Prompts,
+    ResShift, ResidualShift, Run, UserError, autocast, chapter, chapter_end,
+    chapter_prior, command_line, command_of, config_from, degrade, device,
+    error_by_time, evaluate, exact_table, fit_conv, from_pil, held_out, lattice_peak,
+    lattice_points, luma, means, negatives, noise_like, open_picture, pad_to,
+    print_table, psnr, quiet, rank_and_size, sample, spectrum, spread, to_pil, to_unit,
+    train, upsample, write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
 class DegradationEstimator(nn.Module):
@@ -308,7 +310,7 @@ def one_step(prior, vae):
     """
     unet, old, c = share_copy(prior.unet), prior.unet.conv_in, vae.channels
     s = prior.chain.input_scale(prior.chain.eta_T)
-    unet.conv_in = new_conv(old, in_channels=c)
+    unet.conv_in = new_conv(old, c)
     unet.conv_in.weight.copy_(s * old.weight[:, :c] + old.weight[:, c:])
     unet.conv_in.bias.copy_(old.bias)
     return Restorer(vae, unet.requires_grad_(False), vae, prior.prompts,
@@ -338,10 +340,17 @@ def gendr_from_prior(prior, vae, cfg):
     return model
 
 
-def new_conv(old, in_channels=None, out_channels=None):
-    """A 3x3 convolution in place of `old`, with other channels, at torch's start."""
-    return nn.Conv2d(in_channels or old.in_channels, out_channels or old.out_channels,
-                     3, padding=1).to(old.weight.device)
+@torch.no_grad()
+def new_conv(old, in_channels=None, out_channels=None, repeated=False):
+    """A 3x3 convolution in place of `old`, with other channels, at torch's start, or
+    with old's weights, repeated until they fill it, divided where inputs repeat."""
+    i, o = in_channels or old.in_channels, out_channels or old.out_channels
+    conv = nn.Conv2d(i, o, 3, padding=1).to(old.weight.device)
+    if repeated:
+        rows, columns = (torch.arange(n) % k for n, k in zip((o, i), old.weight.shape))
+        conv.weight.copy_(old.weight[rows][:, columns] * old.in_channels / i)
+        conv.bias.copy_(old.bias[rows])
+    return conv
 
 
 @torch.no_grad()
@@ -350,12 +359,12 @@ def pixel_input(gendr, cfg, rows=None):
 
     conv_in (192 channels) and the shortcut start by least squares on a `Batch`:
     conv_in'(unshuffle(x)) near conv_in(encode(x)), shortcut'(unshuffle(x)) near
-    shortcut(encode(x)).  Not in the paper; cfg.least_squares off, or no batch: torch's
-    start.  All is trained but the VAE behind it.
+    shortcut(encode(x)).  Not in the paper; without cfg.least_squares, or a batch, they
+    start plainly.  All is trained but the VAE behind it.
     """
     adc = gendr.copy()
     adc.end_in, adc.end_lora, adc.end_out = PixelShuffle(8), None, gendr.end_out
-    adc.unet.conv_in = new_conv(gendr.unet.conv_in, in_channels=192)
+    adc.unet.conv_in = new_conv(gendr.unet.conv_in, 192, repeated=cfg.repeated)
     if cfg.shortcut:
         adc.shortcut = nn.Conv2d(192, cfg.latent_channels, 1)
     adc.to(device()).requires_grad_(True)
@@ -380,7 +389,7 @@ def pixel_output(adc, cfg, rows=None):
     pix = adc.copy()
     pix.end_out, pix.shortcut = PixelShuffle(8), nn.Identity() if cfg.shortcut else None
     old = adc.unet.conv_out                                    # in a LoRA, or plain
-    conv = new_conv(getattr(old, "base", old), out_channels=192)
+    conv = new_conv(getattr(old, "base", old), None, 192, cfg.repeated)
     if rows is not None and cfg.least_squares:
         seen, x = [], pix.end_in.encode(rows.lq_up)
         hook = old.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
@@ -485,29 +494,29 @@ def rand_pad(x, ph, pw):
     return F.pad(x, (pw, 8 - pw, ph, 8 - ph), mode="reflect")
 
 
-def fourier_mask(h, w, factor=8):
+def fourier_mask(h, w, factor=8, radius=1):
     """M (h, w) over fft2's bins: 1 near the lattice (k h/8, l w/8) but (0, 0), else 0.
 
     One wrong weight of the last layer repeats in every 8x8 patch: its energy sits
     within one bin of those points.  Radius 1 and the exception are not in the paper.
     """
     def near(n):
-        """(n, factor): is bin u within 1 of lattice point k, around the circle?"""
+        """(n, factor): is bin u within radius of lattice point k, around the circle?"""
         point = (torch.arange(factor) * n / factor).round()
         distance = (torch.arange(n)[:, None] - point).abs()
-        return torch.minimum(distance, n - distance) <= 1
+        return torch.minimum(distance, n - distance) <= radius
     rows, columns = near(h), near(w)
     mask = rows.any(1)[:, None] & columns.any(1)
     return (mask & ~(rows[:, :1] & columns[:, 0])).float()     # not around (0, 0)
 
 
-def masked_fourier_loss(y_student, y_teacher, factor=8):
+def masked_fourier_loss(y_student, y_teacher, factor=8, radius=1):
     """L_F = || M (|F y_stu| - |F y_tea|) ||_1, the mean over M's bins.
 
     F is the unitary fft2 of each channel, so that a bin does not grow with the picture;
     this scaling is not in the paper.  Inputs (B, C, H, W) -> a scalar.
     """
-    mask = fourier_mask(*y_student.shape[2:], factor).to(y_student.device)
+    mask = fourier_mask(*y_student.shape[2:], factor, radius).to(y_student.device)
     a, b = (torch.fft.fft2(y.float(), norm="ortho").abs() for y in
             (y_student, y_teacher))
     return (mask * (a - b)).abs().sum() / (mask.sum() * len(a) * a.shape[1])
@@ -532,6 +541,10 @@ class Discriminator(nn.Module):
             for n in (*cfg.unet_widths, cfg.unet_widths[-1])]).to(device())
         self.ends = [cfg.unet_blocks * (i + 1) + i for i in range(len(cfg.unet_widths))]
 
+    def look(self, y, phase):
+        """The features of a picture at this phase of the 8x8 grid, by `rand_pad`."""
+        return self.features(self.backbone[0].end_in.encode(rand_pad(y, *phase)))
+
     def features(self, h):
         """h, what the restorer's U-Net eats -> the ends of its down blocks and mid."""
         g = self.backbone[0]
@@ -544,13 +557,11 @@ class Discriminator(nn.Module):
         return torch.cat([head(f).flatten(1) for head, f in
                           zip(self.heads, features)], dim=1)
 
-    def losses(self, fake, h):
-        """D's own, softplus(D(fake)) + softplus(-D(h)), on the features of a fake,
-        detached, and a real input h.  The generator's is softplus(-D(fake))."""
-        with torch.no_grad():
-            real = self.features(h)
-        fake = self.judge([f.detach() for f in fake])
-        return {"d": F.softplus(fake).mean() + F.softplus(-self.judge(real)).mean()}
+    def losses(self, fake, real):
+        """D's own, softplus(D(fake)) + softplus(-D(real)), on the features of a fake,
+        detached, and of HQ.  The generator's is softplus(-D(fake))."""
+        fake, real = (self.judge([f.detach() for f in x]) for x in (fake, real))
+        return {"d": F.softplus(fake).mean() + F.softplus(-real).mean()}
 
 
 # ---- 6. The stages (read) -- who teaches, who criticises, which losses ---------------
@@ -602,7 +613,7 @@ def gendr_stage(prior, student, cfg):
             z_t, t = noised(prior.chain, z_g, z_l, draws, cfg)
             yield fake_score, {"fake": F.mse_loss(fake_score(z_t, z_l, t), z_g)}
         if critic:
-            yield critic, critic.losses(seen, z_h)
+            yield critic, critic.losses(seen, critic.features(z_h))
     rates = {student: cfg.gendr_learning_rate, fake_score: cfg.fake_learning_rate,
              critic: cfg.critic_learning_rate}
     return step, {player: rate for player, rate in rates.items() if player}
@@ -623,7 +634,7 @@ def adc_stage(gendr, student, cfg):
         seen = critic.features(z)
         yield student, {"l1": F.l1_loss(z, target), "adv": cfg.lambda_adv * F.softplus(
             -critic.judge(seen)).mean()}
-        yield critic, critic.losses(seen, batch.z_hq)
+        yield critic, critic.losses(seen, critic.features(batch.z_hq))
     return step, {student: cfg.student_learning_rate, critic: cfg.critic_learning_rate}
 
 
@@ -637,43 +648,49 @@ def pix_stage(adc, student, lpips, cfg):
     critic = Discriminator(adc, cfg)
 
     def step(batch, draws):
-        phase = draws.dice.randrange(8), draws.dice.randrange(8)
+        phase = [draws.dice.randrange(cfg.pad_phases) for _ in "yx"]
         prompt, target = negatives(batch.y_tea, batch.lq_up, draws, cfg)
         y = student(batch.lq_up, batch.estimate, prompt)
         losses = {"l1": F.l1_loss(y, target)}
-        seen = critic.features(adc.end_in.encode(rand_pad(y, *phase)))
+        seen = critic.look(y, phase)
         losses["adv"] = cfg.lambda_adv * F.softplus(-critic.judge(seen)).mean()
         losses["lpips"] = cfg.lambda_lpips * lpips(y, target).mean()
-        losses["fourier"] = cfg.lambda_fourier * masked_fourier_loss(y, target)
+        losses["fourier"] = cfg.lambda_fourier * masked_fourier_loss(
+            y, target, radius=cfg.mask_radius)
         yield student, losses
-        real = adc.end_in.encode(rand_pad(batch.hq, *phase))
+        with torch.no_grad():
+            real = critic.look(batch.hq, phase)
         yield critic, critic.losses(seen, real)
     return step, {student: cfg.student_learning_rate, critic: cfg.critic_learning_rate}
 
 
 # ---- 7. What a user calls (read) -- guidance, PadCFG, restore ------------------------
-def pad_cfg(restorer, x, weight, scores=None, pads=((4, 4), (3, 3))):
+def pad_cfg(restorer, x, weight, scores=None, passes=2, shift=1):
     """y = w G(pad(x, [4,4,4,4]), c_pos) + (1 - w) G(pad(x, [3,5,3,5]), c_neg).
 
-    Each output is cropped by its own padding before mixing.  Plain guidance amplifies
-    the 8x8 grid in pixel space; two phases of it also make a self-ensemble at no extra
-    pass.  x (B, 3, H, W); pads: (top, left) of the two branches, 8 in all a side.
+    Each output is cropped by its own padding before mixing.  Plain guidance (shift 0)
+    amplifies the 8x8 grid in pixel space; two phases of it make a self-ensemble at no
+    extra pass.  x (B, 3, H, W).  With 4 or 8 passes (ours) each branch is the mean over
+    n = passes / 2 phases, 8/n (j, 3j) further, j < n: of a pattern's harmonics (k, l)
+    only those with k + 3l a multiple of n are left.
     """
-    mixed, (h, w) = 0, x.shape[2:]
-    for prompt, share, (top, left) in zip((POSITIVE, NEGATIVE), (weight, 1 - weight),
-                                          pads):
-        y = restorer(rand_pad(x, top, left), scores, prompt)
-        mixed = mixed + share * y[:, :, top:top + h, left:left + w]
+    mixed, (h, w), n = 0, x.shape[2:], passes // 2
+    for j in range(n):
+        for prompt, share, first in ((POSITIVE, weight, 4), (NEGATIVE, 1 - weight,
+                                                             4 - shift)):
+            top, left = (first + 8 // n * j) % 8, (first + 24 // n * j) % 8
+            y = restorer(rand_pad(x, top, left), scores, prompt)
+            mixed = mixed + share / n * y[:, :, top:top + h, left:left + w]
     return mixed
 
 
-def guided(restorer, x, weight, scores=None):
+def guided(restorer, x, weight, scores=None, passes=2):
     """out = neg + w (pos - neg): two passes; PadCFG where the output end is pixels.
 
     With a VAE behind it the U-Net's latents are mixed (S3Diff), and decoded once.
     """
     if isinstance(restorer.end_out, PixelShuffle):
-        return pad_cfg(restorer, x, weight, scores)
+        return pad_cfg(restorer, x, weight, scores, passes)
     restorer.guide(scores)
     h = restorer.end_in.encode(x)
     negative = restorer.step(h, NEGATIVE)
@@ -681,17 +698,20 @@ def guided(restorer, x, weight, scores=None):
 
 
 @torch.no_grad()
-def restore(restorer, estimator, lq, scale=4, weight=1.0, tile=0, scores=None):
+def restore(restorer, estimator, lq, scale=4, passes=1, weight=1.07, tile=0,
+            scores=None):
     """lq (1, 3, h, w) in [-1, 1] -> (1, 3, s h, s w): what a user calls.
 
     Estimate the scores on lq itself, upsample, fold the LoRA for this image, then run
-    one pass (weight 1) or two (guidance).  tile: side of the squares that are restored
-    one by one, in output pixels and with 64 of overlap; 0 restores in one piece.
+    one pass, or with this weight of the guidance two (or 4 or 8: `pad_cfg`).  tile:
+    side of the squares that are restored one by one, in output pixels and with 64 of
+    overlap; 0 restores in one piece.
     """
     def run(piece):
         full = pad_to(piece, 8)
         with autocast(restorer.unet.cfg):
-            y = restorer(full) if weight == 1 else guided(restorer, full, weight)
+            y = restorer(full) if passes == 1 else guided(restorer, full, weight,
+                                                          passes=passes)
         return y[:, :, :piece.shape[2], :piece.shape[3]].float()
     x = upsample(lq, scale)
     with folded(restorer, estimator(lq) if scores is None else scores):
@@ -747,7 +767,9 @@ def stage_of(name, model, m, cfg, lpips=None):
             "regression": lambda: gendr_stage(m["resshift"], model, alone),
             "gendr": lambda: gendr_stage(m["resshift"], model, cfg),
             "adc": lambda: adc_stage(m["gendr"], model, cfg),
-            "pix": lambda: pix_stage(m["adc"], model, lpips, cfg)}[name]()
+            "pix": lambda: pix_stage(one_step(m["resshift"], m["vae"]) if cfg.critic ==
+                                     "prior" else m[cfg.critic], model, lpips, cfg)
+            }[name]()
 
 
 def next_chapter(run, name, m, pairs=None, lpips=None, watch=None):
@@ -755,7 +777,7 @@ def next_chapter(run, name, m, pairs=None, lpips=None, watch=None):
     def teach(model):
         stage = stage_of(name, model, m, run.cfg, lpips)
         steps = getattr(run.cfg, f"{name.replace('regression', 'gendr')}_steps")
-        train(run, name, stage, pairs, steps, watch and (lambda: watch(model)))
+        train(run, name, stage, pairs, steps, watch and (lambda: watch(*stage[1])))
     rows = pairs.some(128) if pairs and name in ("adc", "pix") else None
     return chapter(run, name, lambda: build(name, m, run.cfg, rows), pairs and teach,
                    list(m.values()))
@@ -767,7 +789,7 @@ def all_chapters(run, pairs=None, lpips=None, held=()):
     Score and adversarial losses need not fall while the pictures get better, so every
     chapter is watched by measures on held-out pictures, one draw of each.
     """
-    def watch(model):
+    def watch(model, *_):
         scale, some = run.cfg.scale, [p for p in held if p.draw == 0]
         row = evaluate({"": lambda p: restore(model, m["estimator"], p.lq, scale)},
                        some, lpips)[""]
@@ -779,9 +801,17 @@ def all_chapters(run, pairs=None, lpips=None, held=()):
         if pairs and name == "estimator":                      # what it teaches others
             pairs.add("estimate", lambda batch: m["estimator"](batch.lq), keep=False)
         elif pairs and name == "gendr":
-            pairs.add("z_tea", lambda batch: m["gendr"].latent(batch), keep=False)
-            pairs.add("y_tea", lambda batch: m["vae"].decode(batch.z_tea), keep=False)
+            add_teachers(pairs, m, run.cfg)
     return m
+
+
+def add_teachers(pairs, m, cfg):
+    """Let GenDR, or HQ itself (cfg.teacher), fill z_tea and y_tea."""
+    z, y = {"gendr": (lambda batch: m["gendr"].latent(batch),
+                      lambda batch: m["vae"].decode(batch.z_tea)),
+            "hq": (lambda batch: batch.z_hq, lambda batch: batch.hq)}[cfg.teacher]
+    pairs.add("z_tea", z, keep=False)
+    pairs.add("y_tea", y, keep=False)
 
 
 def methods_of(m, cfg, guidance):
@@ -790,81 +820,68 @@ def methods_of(m, cfg, guidance):
         y = m["vae"].decode(m["vae"].encode(pad_to(p.hq, 8)))
         return y[:, :, :p.hq.shape[2], :p.hq.shape[3]]
 
-    def one(model, weight=1.0):
-        return lambda p: restore(model, m["estimator"], p.lq, cfg.scale, weight)
+    def one(model, *passes):
+        return lambda p: restore(model, m["estimator"], p.lq, cfg.scale, *passes)
     return {"HQ": lambda p: p.hq, "VAE": autoencode,
             "bicubic": lambda p: upsample(p.lq, cfg.scale),
             "regression": one(m["regression"]),
             "ResShift": lambda p: sample(m["resshift"], m["vae"], p.lq, cfg.scale),
             **{label: one(m[name]) for name, label in NAMES.items()},
-            "GenDR guided": one(m["gendr"], guidance),
-            "GenDR-Pix PadCFG": one(m["pix"], guidance)}
+            "GenDR guided": one(m["gendr"], 2, guidance),
+            "GenDR-Pix PadCFG": one(m["pix"], 2, guidance)}
 
 
 # ---- 9. One step in the exact world (read) -- chapter 0 once more --------------------
 EXACT_ROWS = {                           # row: (score, first and last t, regression)
-    "regression": (None, 1, 1, 1.0),
+    "regression": (None, 1, 1, 1.0), "VSD, t > 5": (vsd_loss, 6, 15, 1.0),
     "VSD, t <= 5": (vsd_loss, 1, 5, 1.0), "4 VSD, t <= 5": (vsd_loss, 1, 5, 0.25),
-    "VSD alone, t <= 5": (vsd_loss, 1, 5, 0.0), "VSD, t > 5": (vsd_loss, 6, 15, 1.0),
-    "SiD, t <= 5": (sid_loss, 1, 5, 1.0), "CiD, t <= 5": (cid_loss, 1, 5, 1.0),
-    "CiD alone, t <= 5": (cid_loss, 1, 5, 0.0)}
-EXACT_SAID = """
-Regression finds the mean, off the curve.  VSD at small t draws it to the curve for a
-little error; at large t the noised mean looks like anything, and VSD is silent.
-SiD at xi = 1 is VSD here.  CiD is regression seen through J: it moves nothing.
-The trap: in both rows "alone" the loss is 0 from first to last, but VSD moves every
-point and CiD none.  The value of such a loss says nothing."""
+    "VSD alone, t <= 5": (vsd_loss, 1, 5, 0.0), "SiD, t <= 5": (sid_loss, 1, 5, 1.0),
+    "CiD, t <= 5": (cid_loss, 1, 5, 1.0), "CiD alone, t <= 5": (cid_loss, 1, 5, 0.0)}
 
 
-def exact_generator(name, world, seed, start=None, steps=400, batch=512):
-    """An MLP G(y0) taught as EXACT_ROWS[name] says, from `start`; its losses.
+def exact_generator(name, world, y0, rng, steps=400, batch=512):
+    """An MLP G(y0), taught by regression, then as EXACT_ROWS[name] says; its points.
 
     phi is the exact denoiser; so is psi: z_g, as G has one output for each y0.  It is
     held fixed: where autograd reached it, CiD would push z_g away from the data.
     """
-    (score, first, last, regression), chain = EXACT_ROWS[name], ResidualShift()
-    rng, losses = torch.Generator().manual_seed(seed), []
-    torch.manual_seed(seed)
-    g = copy.deepcopy(start) or nn.Sequential(
-        nn.Flatten(), nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(),
-        nn.Linear(64, 2), nn.Unflatten(1, (2, 1, 1)))
-    optimizer = torch.optim.Adam(g.parameters(), 2e-3 if start else 5e-3)
-    for _ in range(steps if start else 2 * steps):
-        x0, y0 = world.draw(batch, rng)
-        z_g, t = g(y0), torch.randint(first, last + 1, (batch,), generator=rng)
-        losses.append(regression * F.mse_loss(z_g, x0))
-        if score:
-            z_t = chain.q_sample(z_g, y0, t, noise_like(z_g, rng))
-            real, fake = world.denoise(y0, chain, z_t, t), z_g.detach()
+    (score, first, last, regression), losses = EXACT_ROWS[name], []
+    chain = ResidualShift()
+    torch.manual_seed(rng.initial_seed())
+    g = nn.Sequential(nn.Flatten(), nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64),
+                      nn.SiLU(), nn.Linear(64, 2), nn.Unflatten(1, (2, 1, 1)))
+    for i in range(3 * steps):
+        if i in (0, 2 * steps):
+            optimizer = torch.optim.Adam(g.parameters(), 2e-3 if i else 5e-3)
+        x0, y = world.draw(batch, rng)
+        z_g, t = g(y), torch.randint(first, last + 1, (batch,), generator=rng)
+        loss = F.mse_loss(z_g, x0)
+        if score and i >= 2 * steps:
+            z_t = chain.q_sample(z_g, y, t, noise_like(z_g, rng))
+            real, fake = world.denoise(y, chain, z_t, t), z_g.detach()
             w = 1 / (z_g - real).detach().abs().mean(1, keepdim=True).clamp(min=1e-6)
-            losses[-1] = losses[-1] + (cid_loss(x0, real, real, fake, w) if score is
-                                       cid_loss else score(z_g, real, fake, w))
+            loss = regression * loss + (cid_loss(x0, real, real, fake, w) if score is
+                                        cid_loss else score(z_g, real, fake, w))
         optimizer.zero_grad()
-        losses[-1].backward()
+        loss.backward()
         optimizer.step()
-    return g, torch.stack(losses).detach()
+        losses.append(loss.item())
+    return [g(y0).detach()], {"first": sum(losses[2 * steps:][:50]) / 50,
+                              "last": sum(losses[-50:]) / 50}
 
 
-def exact(seeds=3):
-    """--exact: where each loss puts a one-step generator's points; one_step.png."""
-    from matplotlib.figure import Figure
-    figure, world = Figure((18, 9), 80, layout="constrained"), ExactWorld()
-    axes, found = figure.subplots(2, 4), {name: [] for name in EXACT_ROWS}
-    x0, y0 = world.draw(2000, torch.Generator().manual_seed(99))
-    for seed in range(seeds):
-        start = None
-        for axis, name in zip(axes.flat, EXACT_ROWS):
-            g, losses = exact_generator(name, world, seed, start)
-            start, x = start or g, g(y0).detach()
-            found[name].append(exact_measures(world, x, x0, y0) | {
-                "first": losses[:50].mean().item(), "last": losses[-50:].mean().item()})
-            if seed == 0:
-                draw_points(axis, world, x, name)
-    columns = EXACT | {"first": ("loss, first 50", ".2f"), "last": ("last 50", ".2f")}
-    print_table(f"one step, {seeds} seeds", {
-        k: spread(v, columns) for k, v in found.items()}, columns)
-    print(EXACT_SAID)
-    write_file("one_step.png", lambda path: figure.savefig(path, format="png"))
+def exact():
+    """--exact: where each loss puts the points of a one-step generator."""
+    rows = {name: partial(exact_generator, name) for name in EXACT_ROWS}
+    exact_table("one step, 3 seeds", rows, "one_step.png",
+                [name for name in rows if name != "SiD, t <= 5"],
+                {"first": ("loss, first 50", ".2f"), "last": ("last 50", ".2f")})
+    print("""
+Regression finds the mean, off the curve.  VSD at small t draws it to the curve for a
+little error; at large t the noised mean looks like anything, and VSD is silent.
+SiD at xi = 1 is VSD here.  CiD is regression seen through J: it moves nothing.
+The trap: in both rows "alone" the loss is 0 from first to last, but VSD moves every
+point and CiD none.  The value of such a loss says nothing.""")
 
 
 # ---- 10. Time, memory, operations (skim) ---------------------------------------------
@@ -1089,13 +1106,13 @@ def print_checks(rows):
     return all(reached(value, floor) for value, _, floor, _ in rows.values())
 
 
-def most_detail(hq, side=128):
+def most_detail(hq, side=128, sign=1):
     """(top, left), multiples of 16, of the crop of hq (1, 3, H, W) whose gradient is
-    largest."""
+    largest, or (sign -1) smallest."""
     grey = luma(hq)
     edges = grey.diff(dim=2)[..., 1:].abs() + grey.diff(dim=3)[:, :, 1:].abs()
     mean = F.avg_pool2d(edges, min(side, *hq.shape[2:]) - 1, stride=16)[0, 0]
-    return [16 * int(n) for n in divmod(int(mean.argmax()), mean.shape[1])]
+    return [16 * int(n) for n in divmod(int((sign * mean).argmax()), mean.shape[1])]
 
 
 def draw_report(table, held, lpips, file, side=128, rows=6):
@@ -1178,75 +1195,177 @@ def show(axis, picture, title="", below=""):
     axis.set_xlabel(below, fontsize=10)
 
 
-# ---- 12. Rows that differ in Config alone (skim) -- comparison and ablation ----------
-PAPER = dict(kappa=2.0, power=0.3, steps=15)
-COMPARED = {                             # chapter 1: noise, shifting speed, T
-    "kappa 2, p 0.3 (paper)": PAPER,
-    "weaker noise, kappa 0.5": PAPER | dict(kappa=0.5),
-    "stronger noise, kappa 8": PAPER | dict(kappa=8.0),
-    "slower shifting, p 1": PAPER | dict(power=1.0),
-    "faster shifting, p 0.1": PAPER | dict(power=0.1),
-    "from noise: kappa 40, p 0.8": PAPER | dict(kappa=40.0, power=0.8),
-    "T = 4": PAPER | dict(steps=4),
-}
-PLAIN = dict(adapter="guided", distill="none", lambda_distill_adv=0.0, negative=0.05)
-ABLATED = {                              # chapter 2: what of GenDR does what
-    "no LoRA: the frozen prior": PLAIN | dict(adapter="plain", gendr_steps=0),
-    "plain LoRA (M = I)": PLAIN | dict(adapter="plain"),
-    "guided LoRA": PLAIN,
-    "guided LoRA, no negatives": PLAIN | dict(negative=0.0),
-    "full fine-tuning": PLAIN | dict(adapter="full"),
-    "guided LoRA + VSD": PLAIN | dict(distill="vsd"),
-    "guided LoRA + SiD": PLAIN | dict(distill="sid"),
-    "guided LoRA + CiD": PLAIN | dict(distill="cid"),
-    "guided LoRA + CiD + adv.": PLAIN | dict(distill="cid", lambda_distill_adv=0.1),
-}
+# ---- 12. Every claim a row (skim) -- models that differ in Config alone --------------
+PASSES = {"plain CFG": (2, 0), "PadCFG": (2, 1), "4 passes": (4, 1),
+          "8 passes": (8, 1)}            # of `pad_cfg`: passes, shift
+PIX = "Pix: plain start"                 # the row that chapter 4's others change
 
 
-def compare(run, rows, stands_on, method_of, held, lpips, seeds):
-    """Train a model a row and seed, print mean and standard deviation over the seeds.
+def ablation_rows(n):
+    """{row: (chapters trained anew, change of Config)}; n: each one's budget in steps.
 
-    Rows share everything but their change of `Config`: start, batches, noise, budget.
-    stands_on: the chapters of `run` under them; method_of(part of the run) -> method
-    for `evaluate`.  Interrupted, it goes on with the row it was in.
+    The rows of chapters 3 and 4 start plainly, as the paper's ends do.
     """
-    shown, table = {}, {name: [] for name in rows}
-    for name, change in rows.items():
-        for seed in range(run.cfg.seed, run.cfg.seed + seeds):
-            slug = "".join(c if c.isalnum() else "-" for c in name)
-            part = run.part(f"rows/{slug}-{seed}", stands_on, **{"seed": seed} | change)
-            row = evaluate({name: method_of(part)}, held, lpips)[name]
-            table[name].append({k: row[k] for k in QUALITY})
-        shown[name] = spread(table[name], QUALITY)
-    bicubic = evaluate({"": lambda p: upsample(p.lq, run.cfg.scale)}, held, lpips)[""]
-    print_table(f"held-out pictures, {seeds} seeds; {lpips.name}",
-                shown | {"bicubic": bicubic}, QUALITY)
-    write_file(run.folder / "rows.json", json.dumps(table, indent=1))
-    return table
+    one, both, last = ("start",), ("adc", "pix"), ("pix",)
+    score, again = ("gendr",), dict(adc_steps=0, pix_steps=2 * n)
+    rows = {
+        "the frozen prior": (one, dict(adapter="plain", start_steps=0)),
+        "plain LoRA (M = I)": (one, dict(adapter="plain")), "guided LoRA": (one, {}),
+        "guided LoRA, no negatives": (one, dict(negative=0.0)),
+        "full fine-tuning": (one, dict(adapter="full")), "regression": (score, {}),
+        "VSD": (score, dict(distill="vsd")), "SiD": (score, dict(distill="sid")),
+        "CiD": (score, dict(distill="cid")),
+        "adversarial": (score, dict(lambda_distill_adv=0.1)),
+        "VSD + adversarial": (score, dict(distill="vsd", lambda_distill_adv=0.1)),
+        "ends one after the other": (both, {}), "both ends at once": (both, again),
+        PIX: (last, {}), "Pix: no critic": (last, dict(lambda_adv=0.0)),
+        "Pix: the prior's features": (last, dict(critic="prior")),
+        "Pix: GenDR's features": (last, dict(critic="gendr")),
+        "Pix: no random padding": (last, dict(pad_phases=1)),
+        "Pix: no Fourier loss": (last, dict(lambda_fourier=0.0)),
+        **{f"Pix: mask radius {k}": (last, dict(mask_radius=k)) for k in (0, 2)},
+        "Pix: unmasked but at (0, 0)": (last, dict(mask_radius=8)),
+        "Pix: HQ for a teacher": (last, dict(teacher="hq"))}
+    for name, change in {"plain": {}, "repeated weights": dict(repeated=True),
+                         "least squares": dict(least_squares=True)}.items():
+        rows[f"Pix: {name}, untrained"] = last, change | dict(pix_steps=0)
+        rows |= {f"Pix: {name}": (last, change)} if change else {}
+    base = dict(distill="none", lambda_distill_adv=0.0, least_squares=False,
+                log_every=max(1, n // 5), **{f"{k}_steps": n for k in (
+                    "start", "gendr", "adc", "pix")})
+    return {name: (chapters, base | new) for name, (chapters, new) in rows.items()}
 
 
-def compare_priors(run, pairs, held, lpips):
-    """--compare: COMPARED, one seed, on one VAE."""
-    end = chapter_end(run, pairs)
-
-    def method_of(part):
-        prior = chapter_prior(part, pairs)
-        return lambda p: sample(prior, end, p.lq, part.cfg.scale)
-    return compare(run, COMPARED, ["vae"], method_of, held, lpips, seeds=1)
+ABLATION = {k: v for k, v in QUALITY.items() if k != "lattice_amplitude"} | {
+    "teacher": ("PSNR to GenDR", ".1f"), "within": ("steps to 0.3 dB", ".0f"),
+    "seen": ("D right at (0, 0)", ".2f"), "unseen": ("elsewhere", ".2f")}
 
 
-def ablate(run, m, pairs, held, lpips, steps=None, seeds=3):
-    """--ablate: ABLATED, on the first three chapters, m, of a finished run."""
-    pairs.add("z_hq", lambda batch: m["vae"].encode(batch.hq))
-    pairs.add("z_lq", lambda batch: m["vae"].encode(batch.lq_up))
-    pairs.add("estimate", lambda batch: m["estimator"](batch.lq), keep=False)
+def ablate(run, m, pairs, held, lpips, steps, only="", seeds=3):
+    """--ablate: train, or go on with, every row whose name contains `only`, on the
+    chapters m of a finished run; writes ablation.json, ablation.md and lattice.png.
 
-    def method_of(part):
-        model = next_chapter(part, "gendr", m, pairs)
-        return lambda p: restore(model, m["estimator"], p.lq, part.cfg.scale)
-    rows = {k: dict(gendr_steps=steps or run.cfg.ablate_steps) | v for k, v in
-            ABLATED.items()}
-    return compare(run, rows, CHAPTERS[:3], method_of, held, lpips, seeds)
+    Rows share all but their change: start, batches, noise, budget, held-out pictures.
+    """
+    cfg, held, rows = run.cfg, [p for p in held if p.draw == 0], ablation_rows(steps)
+    methods = methods_of(m, cfg, cfg.guidance)
+    known = evaluate({k: methods[k] for k in ("bicubic", *NAMES.values())}, held, lpips)
+    found = {name: [{k: row[k] for k in QUALITY}] for name, row in known.items()}
+    jobs = [(name, seed) for name in rows if only in name for seed in range(seeds)]
+    for name, seed in tqdm(jobs, "rows", disable=quiet()):
+        (chapters, change), slug = rows[name], "".join(
+            c if c.isalnum() else "-" for c in name)
+        before = CHAPTERS[:CHAPTERS.index(chapters[0])]
+        part = run.part(f"rows/{slug}-{seed}", before, seed=cfg.seed + seed, **change)
+        file = part.folder / "row.json"
+        if not file.exists():
+            mine, watch = {k: m[k] for k in before}, None
+            add_teachers(pairs, m, part.cfg)
+            for chapter in chapters:
+                if chapters[-1] == "pix":
+                    watch = partial(watch_pix, m["estimator"], held, known["GenDR"],
+                                    cfg.scale)
+                mine[chapter] = next_chapter(part, chapter, mine, pairs, lpips, watch)
+            result = row_of(name, part, mine, m, held, known["GenDR"], lpips)
+            if name == PIX and seed == 0:
+                draw_lattice(mine["pix"], m, cfg, held, run.folder / "lattice.png")
+            write_file(file, json.dumps(result))
+        for label, row in json.loads(file.read_text()).items():
+            found.setdefault(label, []).append(row)
+    write_file(run.folder / "ablation.md", print_table(
+        f"{steps} steps, {seeds} seeds; {lpips.name}",
+        {k: spread(v, ABLATION) for k, v in found.items()}, ABLATION))
+    write_file(run.folder / "ablation.json", json.dumps(found, indent=1).replace(
+        "Infinity", "null"))
+    return found
+
+
+def row_of(name, part, mine, m, held, gendr, lpips):
+    """{label: numbers} of a trained row: quality, and from its log how it learned."""
+    model, chapter = list(mine.values())[-1], list(mine)[-1]
+    methods = {name: lambda p: restore(model, m["estimator"], p.lq, part.cfg.scale)}
+    if name == PIX:
+        methods |= {f"{name}, {k}": by_passes(model, m["estimator"], part.cfg, *how)
+                    for k, how in PASSES.items()}
+    table, curves = evaluate(methods, held, lpips), part.curves()
+    rows = {label: {k: row[k] for k in QUALITY} for label, row in table.items()}
+    if chapter == "pix":
+        for label, row in table.items():
+            rows[label]["teacher"] = mean_psnr(row["pictures"], gendr["pictures"])
+        gaps = curves.get((chapter, "over GenDR"), {})
+        rows[name]["within"] = min((n for n, gap in gaps.items() if gap > -0.3),
+                                   default=math.inf)
+        rows[name] |= {k: list(curves[chapter, k].values())[-1] for k in
+                       ("seen", "unseen") if (chapter, k) in curves}
+    return rows
+
+
+def mean_psnr(a, b):
+    """Mean PSNR of two lists of pictures in [-1, 1]."""
+    return sum(psnr(to_unit(x), to_unit(y)).item() for x, y in zip(a, b)) / len(a)
+
+
+@torch.no_grad()
+def watch_pix(estimator, held, gendr, scale, student, critic):
+    """PSNR over GenDR's (its row of `evaluate`), and the share of positions that D
+    tells right at phase (0, 0) of the 8x8 grid and at four others."""
+    ys, hq = [restore(student, estimator, p.lq, scale) for p in held], [
+        p.hq for p in held]
+
+    def right(*phases):
+        told = [sign * critic.judge(critic.look(y, phase)) > 0 for phase in phases
+                for sign, pictures in ((-1, ys[:6]), (1, hq[:6])) for y in pictures]
+        return torch.cat([x.flatten() for x in told]).float().mean().item()
+    return {"over GenDR": mean_psnr(ys, hq) - gendr["psnr"], "seen": right((0, 0)),
+            "unseen": right((2, 6), (3, 3), (4, 4), (5, 1))}
+
+
+def by_passes(pix, estimator, cfg, passes, shift=1, weight=None):
+    """A method for `evaluate`: `pad_cfg` with so many passes."""
+    @torch.no_grad()
+    def method(p):
+        with folded(pix, estimator(p.lq)):
+            x = upsample(p.lq, cfg.scale)
+            return pad_cfg(pix, x, weight or cfg.guidance, None, passes, shift)
+    return method
+
+
+def draw_lattice(pix, m, cfg, held, file):
+    """lattice.png: why padding removes the grid.  A flat crop, contrast times 4, and
+    the log spectrum, for one pass and PASSES; the lattice peak of the mean over n
+    phases, beside what must be left: the harmonics (k, l) of one pass, n | k + 3 l."""
+    from matplotlib.figure import Figure
+    figure = Figure((18, 6.5), 90, layout="constrained")
+    axes = figure.subplots(2, len(PASSES) + 3)
+    one = [restore(pix, m["estimator"], p.lq, cfg.scale) for p in held]
+    i = max(range(len(held)), key=lambda i: lattice_peak(one[i]).item())
+    top, left = most_detail(held[i].hq, 48, -1)
+    ys = {"HQ": held[i].hq, "one pass": one[i]} | {k: by_passes(
+        pix, m["estimator"], cfg, *how)(held[i]) for k, how in PASSES.items()}
+    for line, (name, y) in zip(axes.T, ys.items()):
+        crop = y[:, :, top:top + 48, left:left + 48]
+        show(line[0], (4 * (crop - crop.mean((2, 3), keepdim=True))).clamp(-1, 1), name,
+             f"lattice {lattice_peak(y).item():+.1f} dB")
+        power = torch.fft.fftshift(torch.fft.fft2(luma(y)[0, 0])).abs().log()
+        line[1].imshow(power.cpu(), cmap="gray")
+        line[1].set(xticks=[], yticks=[])
+    phases, k = (1, 2, 4, 8), torch.arange(8)
+    means = [[by_passes(pix, m["estimator"], cfg, 2 * n, weight=1.0)(p) for p in held]
+             for n in phases]
+    seen = 10 * torch.cat([torch.div(*lattice_points(y)).log10() for y in means[0]]
+                          ).mean(0)
+    left = [torch.where((k[:, None] + 3 * k).flatten() % n == 0, seen, -2.5)[1:].mean()
+            for n in phases]
+    grid = axes[0, -1].get_gridspec()
+    axis = figure.add_subplot(grid[:, -1])
+    for line in axes[:, -1]:
+        line.remove()
+    axis.plot(phases, [sum(lattice_peak(y).item() for y in some) / len(held) for some in
+                       means], "o-", label="measured")
+    axis.plot(phases, left, "s--", label="harmonics that n divides")
+    axis.set(xlabel="phases n", ylabel="lattice peak, dB", xticks=phases)
+    axis.legend()
+    write_file(file, lambda path: figure.savefig(path, format="png"))
 
 
 # ---- 13. Command line (skim) ---------------------------------------------------------
@@ -1307,10 +1426,8 @@ COMMANDS = {                             # name: (argparse, the flags that it re
              ("data", "size", "guidance")),
     "bench": (dict(action="store_true", help="a preset, untrained: counts, time"),
               (*TABLE, "size")),
-    "ablate": (dict(action="store_true", help="GenDR's variants, on a finished run"),
-               ("ablate_steps",)),
-    "compare": (dict(action="store_true", help="ResShift's T, kappa, p in one table"),
-                TABLE),
+    "ablate": (dict(action="store_true", help="every claim a row, on a finished run"),
+               ("ablate_steps", "row")),
     "exact": (dict(action="store_true", help="chapter 0: one step, a table, a picture"),
               ()),
     "input": (dict(help="a picture to restore"), (
@@ -1319,7 +1436,8 @@ FLAGS = {
     "output": dict(help="--input: where to write it; up.png if left out"),
     "model": dict(choices=("resshift", "regression", *NAMES),
                   help="--input: pix if left out"),
-    "passes": dict(type=int, choices=(1, 2), help="--input: 2 is PadCFG"),
+    "row": dict(help="--ablate: only rows whose name contains this"),
+    "passes": dict(type=int, choices=(1, 2, 4, 8), help="--input: 2 is PadCFG"),
     "tile": dict(type=int, help="--input: in squares of this many output pixels"),
     "degradation": dict(type=float, nargs=2, metavar=("BLUR", "NOISE"),
                         help="--input: these scores in [0, 1], not the estimator's"),
@@ -1344,15 +1462,15 @@ def main():
     held = held_out(cfg, args.get("data"))
     pairs = None if command == "eval" else Pairs(cfg)
     lpips = Perceptual(cfg.lpips_net).to(device())
-    run = run or Run(args["run"] + "-compare" * (command == "compare"), cfg)
+    run = run or Run(args["run"], cfg)
     if pairs:
         pairs.fill()
-    if command == "compare":
-        return compare_priors(run, pairs, held, lpips) and 0
-    m = all_chapters(run, None if finished else pairs, lpips, held)
+    if finished and not (run.folder / "pix.safetensors").exists():
+        raise UserError(f"{run.folder}: not finished; --train first")
+    m = all_chapters(run, pairs, lpips, held)
     if command == "ablate":
-        m = {name: m[name] for name in CHAPTERS[:3]}
-        return ablate(run, m, pairs, held, lpips, args.get("ablate_steps")) and 0
+        return ablate(run, m, pairs, held, lpips, args.get(
+            "ablate_steps", cfg.ablate_steps), args.get("row", "")) and 0
     if rank_and_size()[0] > 0:                                 # rank 0 evaluates
         return 0
     guidance = args.get("guidance", cfg.guidance)

@@ -16,6 +16,7 @@ Symbols: B batch, C channels, H W full resolution, h w latent resolution, f = 8;
 Ranges:  images are float in [-1, 1] inside, [0, 1] in metrics, uint8 in files.
 """
 import argparse
+import csv
 import dataclasses
 import hashlib
 import importlib.util
@@ -99,7 +100,10 @@ TABLE = dict(
     fake_steps=1,                        # fake score steps for each of the generator;
                                          # 0: the exact fake score, z_g itself
     lambda_adv=0.05, lambda_lpips=1.0, lambda_fourier=0.1,     # GenDR-Pix's stage II
-    least_squares=True,                  # start new ends in closed form
+    least_squares=True, repeated=False,  # new ends start in closed form; else plainly,
+                                         # or from the old end's weights, repeated
+    pad_phases=8, mask_radius=1,         # random padding, 1: none; Fourier mask, bins
+    critic="adc", teacher="gendr",       # of stage II: whose features; or "hq"
     lpips_net=("alex", "vgg", "vgg"),
     # the run; the weights to start from are SD 2.1's U-Net and an AutoencoderKL
     unet_weights="", vae_weights="",     # as .safetensors, under diffusers' names
@@ -252,10 +256,8 @@ class ExactWorld:
 
 
 class FromNoise(ResidualShift):
-    """The opponent: a conventional chain (DDPM, 2006.11239), with the same `sample`.
-
-    a_t = prod(1 - beta) at T of 1000 times of LDM's schedule (2112.10752).
-    """
+    """The opponent: a conventional chain (DDPM, 2006.11239), with the same `sample`;
+    a_t = prod(1 - beta) at T of 1000 times of LDM's schedule (2112.10752)."""
 
     def __init__(self, steps):
         beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64)
@@ -280,71 +282,71 @@ class FromNoise(ResidualShift):
 
 
 def exact_measures(world, x, x0, y0):
-    """MSE to x0, both pixels; distance to the nearest centre; energy distance of (x,
-    y0) to (x0, y0) of other draws, times 1000: about 0 for the true posterior."""
+    """MSE to x0 (fidelity); distance to the nearest centre (realism); energy distance
+    of (x, y0) to (x0, y0) of other draws, x 1000: about 0 for the true posterior."""
     (x, x0, y0), n = (v.flatten(1) for v in (x, x0, y0)), len(x)
     a, b = torch.cat([x, y0], 1), torch.cat([x0, y0], 1)
     energy = 2 * torch.cdist(a, b) - torch.cdist(a, a) - torch.cdist(b, b)
-    energy = (energy.sum() - energy.trace()) / (n * (n - 1))
     return {"mse": (x - x0).square().sum(1).mean().item(), "distance": torch.cdist(
-        x, world.centres).amin(1).mean().item(), "energy": 1000 * energy.item()}
+        x, world.centres).amin(1).mean().item(),
+        "energy": 1000 * (energy.sum() - energy.trace()).item() / (n * (n - 1))}
 
 
-EXACT = {"mse": ("MSE to x0", ".2f"), "distance": ("distance", ".3f"),
-         "energy": ("energy", ".1f")}    # fidelity, realism, both: `exact_measures`
-EXACT_SAYS = """
-The mean has the least error there is, and lies off the curve: that is what blur is.
-A faithful sample has about twice the mean's error, and lies on the curve.
-Residual shifting needs about half the steps of a chain from noise for one distance.
-kappa and p trade fidelity against realism: less error, more distance."""
-
-
-def exact(count=2000, seeds=3):
-    """--exact: chapter 0's claims as one table, and exact.png."""
+def exact_table(title, rows, file, panels, columns=(), seeds=3, count=2000):
+    """A table of rows {name: function(world, y0, rng) -> (points x_T .. x_0, numbers)},
+    and a figure: x_0 of the rows in `panels`, 12 paths of "paths of NAME", all rows."""
     from matplotlib.figure import Figure
-    world, table, paths, figure = ExactWorld(), {}, {}, Figure(
-        (18, 9), 80, layout="constrained")
-    axes, chains = figure.subplots(2, 4), {
-        "the exact mean": None,
-        **{f"ResShift, T = {n}": ResidualShift(n) for n in (4, 8, 15, 30)},
-        **{f"from noise, T = {n}": FromNoise(n) for n in (4, 8, 15, 30)},
-        **{f"kappa = {k:g}": ResidualShift(15, k) for k in (0.5, 8, 32)},
-        **{f"p = {p:g}": ResidualShift(15, power=p) for p in (0.1, 0.8, 2)}}
-    for name, chain in chains.items():
-        found = []
-        for seed in range(seeds):
-            rng, path = torch.Generator().manual_seed(seed), []
-            x0, y0 = world.draw(count, rng)
+    figure, world = Figure((18, 9), 80, layout="constrained"), ExactWorld()
+    found, axes = {name: [] for name in rows}, figure.subplots(2, 4).flatten()
+    for name, seed in ((name, seed) for name in rows for seed in range(seeds)):
+        rng = torch.Generator().manual_seed(seed)
+        x0, y0 = world.draw(count, rng)
+        points, numbers = rows[name](world, y0, rng)
+        found[name].append(exact_measures(world, points[-1], x0, y0) | numbers)
+        for axis, panel in zip(axes, panels if seed == 0 else ()):
+            if panel == name:
+                axis.plot(*points[-1][:600].flatten(1).T, ".", ms=3)
+            elif panel == f"paths of {name}":
+                path = torch.stack(points)[:, :12].flatten(2)
+                axis.plot(*path.permute(2, 0, 1), ".-")
+            axis.plot(*world.centres.T, "k+")
+            axis.set(title=panel, xlabel="mean", ylabel="detail")
+    columns = {"mse": ("MSE to x0", ".2f"), "distance": ("distance", ".3f"),
+               "energy": ("energy", ".1f"), **dict(columns)}
+    print_table(title, {k: spread(v, columns) for k, v in found.items()}, columns)
+    for i, (name, row) in enumerate(found.items()):
+        axes[-1].semilogy(row[0]["mse"], row[0]["distance"], "os^D"[i // 4], label=name)
+    axes[-1].set(xlabel="MSE to x0 (fidelity)", ylabel="distance (realism)")
+    axes[-1].legend(fontsize=7)
+    write_file(file, lambda path: figure.savefig(path, format="png"))
+
+
+def exact():
+    """--exact: what chapter 1 claims, in the exact world."""
+    def sampler(chain):
+        def row(world, y0, rng):
+            path = []
 
             def model(x, y, t):
                 path.append(x)
                 return world.denoise(y, chain, x, t)
             path.append(chain.sample(model, y0, rng) if chain else world.denoise(y0))
-            found.append(exact_measures(world, path[-1], x0, y0))
-        table[name], paths[name] = spread(found, EXACT), torch.stack(path)
-        axes[1, 0].plot(found[0]["mse"], found[0]["distance"], "os^D"[len(paths) // 4],
-                        label=name)
-    print_table(f"chapter 0, {count} photographs, {seeds} seeds", table, EXACT)
-    print(EXACT_SAYS)
-    axes[1, 0].set(xlabel="MSE to x0 (fidelity)", ylabel="distance (realism)")
-    axes[1, 0].set_yscale("log")
-    axes[1, 0].legend(fontsize=7)
-    draw_points(axes[0, 0], world, x0, "")
-    draw_points(axes[0, 0], world, paths["the exact mean"][-1], "x0, and the mean")
-    for line, kind in zip(axes[:, 1:], ("ResShift", "from noise")):
-        for axis, name in zip(line, (f"{kind}, T = 4", f"{kind}, T = 15")):
-            draw_points(axis, world, paths[name][-1], name)
-        draw_points(line[2], world, x0[:0], f"{kind}: paths from x_15 to x_0")
-        line[2].plot(*paths[name][:, :12, :, 0, 0].permute(2, 0, 1), ".-", lw=0.7, ms=3)
-    write_file("exact.png", lambda path: figure.savefig(path, format="png"))
-
-
-def draw_points(axis, world, x, title):
-    """x (B, 2, 1, 1) and the world's centres on a matplotlib axis."""
-    axis.plot(*x[:600].flatten(1).T, ".", ms=3, alpha=0.6)
-    axis.plot(*world.centres.T, "k+", ms=6)
-    axis.set(xlabel="mean", ylabel="detail", xlim=(-2.2, 2.2), ylim=(-2.2, 2.2),
-             title=title)
+            return path, {}
+        return row
+    chains = {"the exact mean": None,
+              **{f"ResShift, T = {n}": ResidualShift(n) for n in (4, 8, 15, 30)},
+              **{f"from noise, T = {n}": FromNoise(n) for n in (4, 8, 15, 30)},
+              **{f"kappa = {k:g}": ResidualShift(15, k) for k in (0.5, 8, 32)},
+              **{f"p = {p:g}": ResidualShift(15, power=p) for p in (0.1, 0.8, 2)}}
+    exact_table("chapter 0, 3 seeds", {k: sampler(c) for k, c in chains.items()},
+                "exact.png", ("the exact mean", "ResShift, T = 4", "ResShift, T = 15",
+                              "paths of ResShift, T = 15", "from noise, T = 4",
+                              "from noise, T = 15", "paths of from noise, T = 15"))
+    print("""
+The mean has the least error there is, and lies off the curve: that is what blur is.
+A faithful sample has about twice the mean's error, and lies on the curve.
+Residual shifting needs about half the steps of a chain from noise for one distance.
+kappa and p trade fidelity against realism: less error, more distance.""")
 
 
 # ---- 4. The U-Net (read) -- Stable Diffusion 2.1's, at any width ---------------------
@@ -897,7 +899,6 @@ def resume(run, name, optimizers, tensors):
         optimizer.load_state_dict(moments)
     for ours, saved in zip(tensors, state["tensors"]):
         torch._foreach_copy_(ours, saved)
-    run.forget(name, state["step"])
     print(f"{name}: resuming at step {state['step']}")
     return state["step"]
 
@@ -1262,13 +1263,12 @@ def spectral_distance(y, hq):
     return (spectrum(y) - spectrum(hq)).abs().mean(1)
 
 
-def lattice(y):
-    """(peak (B,) dB, amplitude (B,) grey levels) of a repeated 8x8 pattern in y.
+def lattice_points(y):
+    """(power, near): at the 64 points (k/8, l/8), (B, 64), and in their surroundings.
 
-    peak: the mean over the 63 points (k/8, l/8) but (0, 0) of 10 log10(power there /
-    mean power of its 7x7 neighbourhood without the inner 3x3); chance gives -2.5.
-    amplitude: the RMS of what stands above the neighbourhood.  Luma on 8-bit levels; y
-    (B, 3, H, W) in [-1, 1]; what is over a multiple of 8 is left out.
+    near: the mean power of a point's 7x7 neighbourhood without the inner 3x3.  Unitary
+    fft2 of the luma on 8-bit levels, mean removed; y (B, 3, H, W) in [-1, 1]; what is
+    over a multiple of 8 is left out.
     """
     grey = luma(to_bytes(y[:, :, :y.shape[2] // 8 * 8, :y.shape[3] // 8 * 8]).double())
     grey = grey - grey.mean((2, 3), keepdim=True)
@@ -1277,14 +1277,21 @@ def lattice(y):
     ring[:, :, 2:5, 2:5] = 0
     near = F.conv2d(F.pad(power, (3, 3, 3, 3), "circular"), ring) / ring.sum()
     h, w = (n // 8 for n in grey.shape[2:])
-    power, near = (x[:, 0, ::h, ::w].flatten(1)[:, 1:] for x in (power, near))
-    peak = 10 * torch.log10(power.clamp(min=1e-9) / near.clamp(min=1e-9)).mean(1)
-    return peak, ((power - near).clamp(min=0).sum(1) / grey[0].numel()).sqrt()
+    return [x[:, 0, ::h, ::w].flatten(1).clamp(min=1e-9) for x in (power, near)]
 
 
 def lattice_peak(y):
-    """`lattice`'s peak: (B,) dB."""
-    return lattice(y)[0]
+    """A repeated 8x8 pattern: the mean over the points but (0, 0) of 10 log10(power /
+    near): (B,) dB.  Chance gives -2.5."""
+    power, near = lattice_points(y)
+    return 10 * torch.log10(power / near)[:, 1:].mean(1)
+
+
+def lattice_amplitude(y):
+    """The RMS of what stands above the surroundings there: (B,) grey levels of 255."""
+    power, near = (x[:, 1:] for x in lattice_points(y))
+    pixels = (y.shape[2] // 8 * 8) * (y.shape[3] // 8 * 8)
+    return ((power - near).clamp(min=0).sum(1) / pixels).sqrt()
 
 
 class Perceptual(nn.Module):
@@ -1334,11 +1341,12 @@ def evaluate(methods, held, lpips):
             torch.cuda.synchronize()
         ms = 1000 * (time.perf_counter() - started) / len(held)
         for y, pair in zip(pictures, held):
-            a, b, (peak, amplitude) = to_unit(y), to_unit(pair.hq), lattice(y)
+            a, b = to_unit(y), to_unit(pair.hq)
             each.append({"psnr": psnr(a, b).item(), "ssim": ssim(a, b).item(),
                          "lpips": lpips(y, pair.hq).item(),
                          "spectral": spectral_distance(y, pair.hq).item(),
-                         "lattice": peak.item(), "lattice_amplitude": amplitude.item()})
+                         "lattice": lattice_peak(y).item(),
+                         "lattice_amplitude": lattice_amplitude(y).item()})
         table[name] = {**means(each), "ms": ms, "each": each, "pictures": pictures}
     return table
 
@@ -1349,19 +1357,21 @@ def means(each):
 
 
 def print_table(title, rows, columns):
-    """The one table printer: rows {name: {key: value}}, columns {key: (head, format)}.
-
-    A value is a number or a text; what a row lacks stays empty.
-    """
+    """Print, and return, a Markdown table: rows {name: {key: value}}, columns {key:
+    (head, format)}; a value is a number or a text; what a row lacks stays empty."""
     lines = {title: [head for head, _ in columns.values()]}
     for name, row in rows.items():
         lines[name] = [v if isinstance(v, str) else format(v, form) for v, form in
                        ((row.get(k, ""), form) for k, (_, form) in columns.items())]
-    widths = [max(map(len, column)) for column in zip(*lines.values())]
-    print()
-    for name, line in lines.items():
-        print(f"{name:{max(map(len, lines))}s}  " + "  ".join(
-            f"{text:>{width}s}" for text, width in zip(line, widths)))
+    table = [[name, *cells] for name, cells in lines.items()]
+    wide, *widths = (max(map(len, column)) for column in zip(*table))
+    text = [f"| {name:{wide}s} | " + " | ".join(
+        f"{cell:>{width}s}" for cell, width in zip(line, widths)) + " |"
+        for name, line in lines.items()]
+    text[1:1] = [f"|{'-' * wide}--|" + "".join(f"{'-' * w}-:|" for w in widths)]
+    text = "\n".join(text) + "\n"
+    print("\n" + text, end="")
+    return text
 
 
 QUALITY = {"psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"),
@@ -1371,9 +1381,10 @@ QUALITY = {"psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", 
 
 def spread(found, columns):
     """{key: "mean +- deviation"} of rows that differ in their seed: `print_table`'s."""
-    v = {k: torch.tensor([row[k] for row in found]) for k in columns}
+    v = {k: torch.tensor([float(row[k]) for row in found]) for k in columns if
+         k in found[0]}
     return {k: f"{v[k].mean():{form}}" + (f" +- {v[k].std():{form}}" if len(found) > 1
-                                          else "") for k, (_, form) in columns.items()}
+            else "") for k, (_, form) in columns.items() if k in v}
 
 
 # ---- 11. Training pairs (skim) -------------------------------------------------------
@@ -1583,12 +1594,13 @@ class Run:
                 f.write(head + "".join(f"{stage},{step},{k},{v:.6g}\n"
                                        for k, v in values.items()))
 
-    def forget(self, stage, step):
-        """Drop a stage's rows of log.csv after `step`: a resumed stage writes anew."""
-        if self.csv.exists():
-            rows = self.csv.read_text().splitlines(True)
-            write_file(self.csv, "".join(r for r in rows if not r.startswith(
-                f"{stage},") or int(r.split(",")[1]) <= step))
+    def curves(self):
+        """log.csv as {(stage, name): {step: value}}; a resumed stage repeats rows."""
+        found = {}
+        for row in csv.DictReader(self.csv.open()) if self.csv.exists() else ():
+            steps = found.setdefault((row["stage"], row["name"]), {})
+            steps[int(row["step"])] = float(row["value"])
+        return found
 
 
 def write_file(path, data):
@@ -1627,7 +1639,8 @@ def load_weights(own, path, skip=()):
 # ---- 13. Command line (skim) ---------------------------------------------------------
 CHOICES = {"ranges": tuple(RANGES), "space": ("latent", "pixel"),
            "adapter": ("guided", "plain", "full"), "precision": ("fp32", "bf16"),
-           "distill": ("none", "vsd", "sid", "cid"), "lpips_net": ("alex", "vgg")}
+           "distill": ("none", "vsd", "sid", "cid"), "lpips_net": ("alex", "vgg"),
+           "critic": ("prior", "gendr", "adc"), "teacher": ("gendr", "hq")}
 
 
 def command_of(doc, commands, flags):
