@@ -29,6 +29,7 @@ import copy
 import dataclasses
 import json
 import math
+import sys
 import time
 import weakref
 from contextlib import contextmanager
@@ -50,8 +51,8 @@ from resshift import (
     chapter_prior, command_line, command_of, config_from, degrade, device,
     error_by_time, evaluate, exact_table, fit_conv, from_pil, held_out, lattice_peak,
     lattice_points, luma, means, negatives, noise_like, open_picture, pad_to,
-    print_table, psnr, quiet, rank_and_size, sample, spectrum, spread, to_pil, to_unit,
-    train, upsample, write_file)
+    picture_files, print_table, psnr, quiet, rank_and_size, sample, spectrum, spread,
+    to_pil, to_unit, train, upsample, write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
 class DegradationEstimator(nn.Module):
@@ -707,8 +708,8 @@ def restore(restorer, estimator, lq, scale=4, passes=1, weight=1.07, tile=0,
     side of the squares that are restored one by one, in output pixels and with 64 of
     overlap; 0 restores in one piece.
     """
-    def run(piece):
-        full = pad_to(piece, 8)
+    def run(piece):                      # `rand_pad` reflects: 16 pixels or more
+        full = pad_to(piece, 8 if min(piece.shape[2:]) > 8 else 16)
         with autocast(restorer.unet.cfg):
             y = restorer(full) if passes == 1 else guided(restorer, full, weight,
                                                           passes=passes)
@@ -720,7 +721,6 @@ def restore(restorer, estimator, lq, scale=4, passes=1, weight=1.07, tile=0,
 
 def tiled(run, x, tile, overlap=64):
     """run() on overlapping squares of x, cross-faded with a linear ramp."""
-    tile = max(tile // 8 * 8, 2 * overlap)
     total, weights = torch.zeros_like(x), torch.zeros_like(x[:, :1])
     starts = [range(0, max(n - overlap, 1), tile - overlap) for n in x.shape[2:]]
     for top in starts[0]:
@@ -790,9 +790,8 @@ def all_chapters(run, pairs=None, lpips=None, held=()):
     chapter is watched by measures on held-out pictures, one draw of each.
     """
     def watch(model, *_):
-        scale, some = run.cfg.scale, [p for p in held if p.draw == 0]
-        row = evaluate({"": lambda p: restore(model, m["estimator"], p.lq, scale)},
-                       some, lpips)[""]
+        row = evaluate({"": lambda p: restore(model, m["estimator"], p.lq, p.scale)},
+                       [p for p in held if p.draw == 0], lpips)[""]
         return {f"val {k}": row[k] for k in ("psnr", "lpips", "spectral", "lattice")}
     m = {"vae": chapter_end(run, pairs), "resshift": chapter_prior(run, pairs)}
     for name in CHAPTERS[2:]:
@@ -814,18 +813,18 @@ def add_teachers(pairs, m, cfg):
     pairs.add("y_tea", y, keep=False)
 
 
-def methods_of(m, cfg, guidance):
+def methods_of(m, guidance):
     """{name: function of a held-out pair -> picture}: every row of the first table."""
     def autoencode(p):
         y = m["vae"].decode(m["vae"].encode(pad_to(p.hq, 8)))
         return y[:, :, :p.hq.shape[2], :p.hq.shape[3]]
 
     def one(model, *passes):
-        return lambda p: restore(model, m["estimator"], p.lq, cfg.scale, *passes)
+        return lambda p: restore(model, m["estimator"], p.lq, p.scale, *passes)
     return {"HQ": lambda p: p.hq, "VAE": autoencode,
-            "bicubic": lambda p: upsample(p.lq, cfg.scale),
+            "bicubic": lambda p: upsample(p.lq, p.scale),
             "regression": one(m["regression"]),
-            "ResShift": lambda p: sample(m["resshift"], m["vae"], p.lq, cfg.scale),
+            "ResShift": lambda p: sample(m["resshift"], m["vae"], p.lq, p.scale),
             **{label: one(m[name]) for name, label in NAMES.items()},
             "GenDR guided": one(m["gendr"], 2, guidance),
             "GenDR-Pix PadCFG": one(m["pix"], 2, guidance)}
@@ -1157,7 +1156,7 @@ def draw_spectra(table, file):
 
 def report(run, m, held, lpips, size, guidance):
     """Evaluate, measure, draw; write metrics.json and pictures; True if PASS."""
-    table = evaluate(methods_of(m, run.cfg, guidance), held, lpips)
+    table = evaluate(methods_of(m, guidance), held, lpips)
     print_table(f"held-out pictures; {lpips.name}", table, QUALITY)
     groups = sorted({p.group for p in held})
     for group in groups if len(groups) > 1 else ():
@@ -1248,7 +1247,7 @@ def ablate(run, m, pairs, held, lpips, steps, only="", seeds=3):
     Rows share all but their change: start, batches, noise, budget, held-out pictures.
     """
     cfg, held, rows = run.cfg, [p for p in held if p.draw == 0], ablation_rows(steps)
-    methods = methods_of(m, cfg, cfg.guidance)
+    methods = methods_of(m, cfg.guidance)
     known = evaluate({k: methods[k] for k in ("bicubic", *NAMES.values())}, held, lpips)
     found = {name: [{k: row[k] for k in QUALITY}] for name, row in known.items()}
     jobs = [(name, seed) for name in rows if only in name for seed in range(seeds)]
@@ -1263,8 +1262,7 @@ def ablate(run, m, pairs, held, lpips, steps, only="", seeds=3):
             add_teachers(pairs, m, part.cfg)
             for chapter in chapters:
                 if chapters[-1] == "pix":
-                    watch = partial(watch_pix, m["estimator"], held, known["GenDR"],
-                                    cfg.scale)
+                    watch = partial(watch_pix, m["estimator"], held, known["GenDR"])
                 mine[chapter] = next_chapter(part, chapter, mine, pairs, lpips, watch)
             result = row_of(name, part, mine, m, held, known["GenDR"], lpips)
             if name == PIX and seed == 0:
@@ -1283,7 +1281,7 @@ def ablate(run, m, pairs, held, lpips, steps, only="", seeds=3):
 def row_of(name, part, mine, m, held, gendr, lpips):
     """{label: numbers} of a trained row: quality, and from its log how it learned."""
     model, chapter = list(mine.values())[-1], list(mine)[-1]
-    methods = {name: lambda p: restore(model, m["estimator"], p.lq, part.cfg.scale)}
+    methods = {name: lambda p: restore(model, m["estimator"], p.lq, p.scale)}
     if name == PIX:
         methods |= {f"{name}, {k}": by_passes(model, m["estimator"], part.cfg, *how)
                     for k, how in PASSES.items()}
@@ -1306,11 +1304,11 @@ def mean_psnr(a, b):
 
 
 @torch.no_grad()
-def watch_pix(estimator, held, gendr, scale, student, critic):
+def watch_pix(estimator, held, gendr, student, critic):
     """PSNR over GenDR's (its row of `evaluate`), and the share of positions that D
     tells right at phase (0, 0) of the 8x8 grid and at four others."""
-    ys, hq = [restore(student, estimator, p.lq, scale) for p in held], [
-        p.hq for p in held]
+    ys = [restore(student, estimator, p.lq, p.scale) for p in held]
+    hq = [p.hq for p in held]
 
     def right(*phases):
         told = [sign * critic.judge(critic.look(y, phase)) > 0 for phase in phases
@@ -1325,7 +1323,7 @@ def by_passes(pix, estimator, cfg, passes, shift=1, weight=None):
     @torch.no_grad()
     def method(p):
         with folded(pix, estimator(p.lq)):
-            x = upsample(p.lq, cfg.scale)
+            x = upsample(p.lq, p.scale)
             return pad_cfg(pix, x, weight or cfg.guidance, None, passes, shift)
     return method
 
@@ -1337,7 +1335,7 @@ def draw_lattice(pix, m, cfg, held, file):
     from matplotlib.figure import Figure
     figure = Figure((18, 6.5), 90, layout="constrained")
     axes = figure.subplots(2, len(PASSES) + 3)
-    one = [restore(pix, m["estimator"], p.lq, cfg.scale) for p in held]
+    one = [restore(pix, m["estimator"], p.lq, p.scale) for p in held]
     i = max(range(len(held)), key=lambda i: lattice_peak(one[i]).item())
     top, left = most_detail(held[i].hq, 48, -1)
     ys = {"HQ": held[i].hq, "one pass": one[i]} | {k: by_passes(
@@ -1369,42 +1367,79 @@ def draw_lattice(pix, m, cfg, held, file):
 
 
 # ---- 13. Command line (skim) ---------------------------------------------------------
-def restore_file(args):
-    """--input to --output; an alpha channel is resized beside the picture."""
-    output, name = Path(args.get("output", "up.png")), args.get("model", "pix")
-    scores, unread = args.get("degradation"), set()
-    if name == "resshift":
-        unread = {"passes", "guidance", "tile", "degradation"} & set(args)
-    elif args.get("passes") == 1:
-        unread = {"guidance"} & set(args)
+def restore_files(args):
+    """--input to --output: a picture, or a folder with all that is below it.
+
+    Refuses before the work what cannot end well.  A folder goes on past bad files,
+    lists them, and ends with exit code 1.  Alpha is resized beside the picture.
+    """
+    source, target = Path(args["input"]), Path(args.get("output", "up.png"))
+    jobs = {source: target}
+    if source.is_dir():
+        jobs = {file: target / file.relative_to(source) for file in
+                picture_files(source)}
+    Image.init()
+    for file, output in jobs.items():
+        for fault, wrong in {
+                f"{output}: not a picture format to write": Image.registered_extensions(
+                    ).get(output.suffix.lower()) not in Image.SAVE,
+                f"{output}: no such folder":
+                    not source.is_dir() and not output.parent.is_dir(),
+                f"{output}: is the input": output.resolve() == file.resolve(),
+                f"{output}: a folder, not a file": output.is_dir(),
+                f"{output}: exists; --force overwrites it":
+                    output.exists() and "force" not in args}.items():
+            if wrong:
+                raise UserError(fault)
+    method, failed = restorer_of(args), []
+    for file, output in tqdm(jobs.items(), disable=quiet() or len(jobs) == 1 or None):
+        try:
+            picture = open_picture(file)
+            up = to_pil(method(from_pil(picture).to(device())))
+            if picture.mode == "RGBA" and output.suffix.lower() not in (
+                    ".jpg", ".jpeg", ".bmp"):
+                up.putalpha(picture.getchannel("A").resize(up.size, Image.BICUBIC))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_file(output, partial(up.save, **picture.info, format=(
+                Image.registered_extensions()[output.suffix.lower()])))
+            print(f"{output}: {up.width}x{up.height}")
+        except (UserError, OSError, ValueError) as error:
+            if not source.is_dir():
+                raise UserError(f"{output}: {error}") from None
+            failed.append(f"{file}: {error}")
+    if failed:
+        print(f"{len(failed)} of {len(jobs)} failed:", *failed, sep="\n",
+              file=sys.stderr)
+    return 1 if failed else 0
+
+
+def restorer_of(args):
+    """What --input asks for, as a function lq -> picture; the run's weights loaded."""
+    name, scores = args.get("model", "pix"), args.get("degradation")
+    passes = args.get("passes", 2 if "guidance" in args else 1)
+    unread = {"resshift": {"passes", "guidance", "tile", "degradation"}}.get(
+        name, {"guidance"} if passes == 1 else set()) & set(args)
     for fault, wrong in {
-            f"{output}: no such folder": not output.parent.is_dir(),
-            f"{output}: not a picture format":
-                output.suffix.lower() not in Image.registered_extensions(),
             "--degradation takes two numbers in [0, 1]":
                 scores and not all(0 <= v <= 1 for v in scores),
+            "--passes 4 and 8 are for --model pix": passes > 2 and name != "pix",
+            "--scale takes 1 to 4": not 1 <= args.get("scale", 4) <= 4,
+            "--tile takes 0 or a multiple of 8, 192 or more":
+                args.get("tile", 0) % 8 or 0 != args.get("tile", 0) < 192,
             "one pass, or --model resshift, does not use "
             + ", ".join(f"--{k}" for k in sorted(unread)): unread}.items():
         if wrong:
             raise UserError(fault)
-    run, picture = Run(args["run"]), open_picture(args["input"])
-    lq, scale = from_pil(picture).to(device()), run.cfg.scale
+    run = Run(args["run"])
+    scale = args.get("scale", run.cfg.scale)
     if name == "resshift":
-        y = sample(chapter_prior(run), chapter_end(run), lq, scale)
-    else:
-        m = all_chapters(run)
-        two = args.get("passes", 2 if "guidance" in args else 1) == 2
-        y = restore(m[name], m["estimator"], lq, scale,
-                    args.get("guidance", run.cfg.guidance) if two else 1.0,
-                    args.get("tile", 0), scores and torch.tensor([scores]).to(device()))
-    up = to_pil(y)
-    if picture.mode == "RGBA" and output.suffix.lower() not in (".jpg", ".jpeg"):
-        up.putalpha(picture.getchannel("A").resize(up.size, Image.BICUBIC))
-    try:
-        up.save(output)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{output}: cannot write this picture ({error})") from None
-    print(f"{output}: {up.width}x{up.height}")
+        return partial(sample, chapter_prior(run), chapter_end(run), scale=scale)
+    m = all_chapters(run)
+    return lambda lq: restore(
+        m[name], m["estimator"], lq, scale, passes,
+        args.get("guidance", run.cfg.guidance), args.get("tile", TILE * (
+            lq[0, 0].numel() * scale ** 2 > 4 * TILE ** 2)),
+        scores and torch.tensor([scores]).to(device()))
 
 
 def run_bench(args):
@@ -1421,24 +1456,28 @@ def run_bench(args):
 
 COMMANDS = {                             # name: (argparse, the flags that it reads)
     "train": (dict(action="store_true", help="all chapters, and --eval"),
-              (*TABLE, "size")),
+              (*TABLE, "size", "run")),
     "eval": (dict(action="store_true", help="the table of a finished run"),
-             ("data", "size", "guidance")),
+             ("data", "size", "guidance", "run")),
     "bench": (dict(action="store_true", help="a preset, untrained: counts, time"),
               (*TABLE, "size")),
     "ablate": (dict(action="store_true", help="every claim a row, on a finished run"),
-               ("ablate_steps", "row")),
+               ("ablate_steps", "row", "run")),
     "exact": (dict(action="store_true", help="chapter 0: one step, a table, a picture"),
               ()),
-    "input": (dict(help="a picture to restore"), (
-        "output", "model", "passes", "guidance", "tile", "degradation"))}
+    "input": (dict(help="a picture to restore, or a folder"), (
+        "output", "force", "model", "passes", "guidance", "tile", "degradation",
+        "scale", "run"))}
+TILE = 512                               # side of a tile, where a picture is over 4
 FLAGS = {
-    "output": dict(help="--input: where to write it; up.png if left out"),
+    "output": dict(help="--input: file or folder to write; up.png if left out"),
+    "force": dict(action="store_true", help="--input: overwrite what exists"),
     "model": dict(choices=("resshift", "regression", *NAMES),
                   help="--input: pix if left out"),
     "row": dict(help="--ablate: only rows whose name contains this"),
     "passes": dict(type=int, choices=(1, 2, 4, 8), help="--input: 2 is PadCFG"),
-    "tile": dict(type=int, help="--input: in squares of this many output pixels"),
+    "tile": dict(type=int, help="--input: in squares of this many output pixels; 0: "
+                 f"in one piece; if left out {TILE} above {2 * TILE}x{2 * TILE}"),
     "degradation": dict(type=float, nargs=2, metavar=("BLUR", "NOISE"),
                         help="--input: these scores in [0, 1], not the estimator's"),
     "data": dict(help="--eval: photos, or a folder with lq/ and hq/"),
@@ -1455,7 +1494,7 @@ def main():
     if args.get("space") == "pixel":
         raise UserError("GenDR starts in latent space; resshift.py has --space pixel")
     if command in ("input", "bench"):
-        return restore_file(args) if command == "input" else run_bench(args)
+        return restore_files(args) if command == "input" else run_bench(args)
     finished = command in ("eval", "ablate")
     run = Run(args["run"]) if finished else None
     cfg = run.cfg if finished else config_from(args)
@@ -1475,8 +1514,13 @@ def main():
         return 0
     guidance = args.get("guidance", cfg.guidance)
     if "data" in args:
-        table = evaluate(methods_of(m, cfg, guidance), held, lpips)
-        return print_table(f"mean; {lpips.name}", table, QUALITY)
+        table = evaluate(methods_of(m, guidance), held, lpips)
+        print_table(f"mean; {lpips.name}", table, QUALITY)
+        rows = [",".join(("picture", "method", *table["HQ"]["each"][0]))] + [
+            ",".join(map(str, (p.name, name, *e.values()))) for name, row in
+            table.items() for p, e in zip(held, row["each"])]
+        write_file(run.folder / "eval.csv", "\n".join(rows) + "\n")
+        return print(f"per picture: {run.folder / 'eval.csv'}")
     passed = report(run, m, held, lpips, args.get("size", 512), guidance)
     print(f"\n{'PASS' if passed else 'FAIL'}: {run.folder}, "
           f"{(time.time() - started) / 60:.1f} minutes on {device()}, "

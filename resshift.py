@@ -34,13 +34,12 @@ from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
-import lpips
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
@@ -852,7 +851,8 @@ def train(run, name, stage, pairs, steps, watch=None):
         if done % cfg.save_every == 0 and done < steps:
             state = {"step": done, "tensors": [average, *trained],
                      "players": [o.state_dict() for o in players.values()]}
-            write_file(run.folder / f"{name}.ckpt", partial(torch.save, state))
+            torch.save(state, buffer := io.BytesIO())
+            write_file(run.folder / f"{name}.ckpt", buffer.getvalue())
     swap(trained[0], average)
 
 
@@ -894,11 +894,15 @@ def resume(run, name, optimizers, tensors):
     file = run.folder / f"{name}.ckpt"
     if not file.exists():
         return 0
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    for optimizer, moments in zip(optimizers, state["players"]):
-        optimizer.load_state_dict(moments)
-    for ours, saved in zip(tensors, state["tensors"]):
-        torch._foreach_copy_(ours, saved)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        for optimizer, moments in zip(optimizers, state["players"]):
+            optimizer.load_state_dict(moments)
+        for ours, saved in zip(tensors, state["tensors"]):
+            torch._foreach_copy_(ours, saved)
+    except Exception as error:                                 # truncated, foreign
+        raise UserError(f"{file}: not a checkpoint of this stage; remove it to start "
+                        f"the stage anew ({str(error).splitlines()[0]})") from None
     print(f"{name}: resuming at step {state['step']}")
     return state["step"]
 
@@ -1173,17 +1177,22 @@ def from_pil(picture):
 
 
 def open_picture(path):
-    """The file as a viewer would show it: a Pillow picture in RGB or RGBA."""
+    """The file as a viewer would show it: a Pillow picture in RGB or RGBA, with its
+    ICC profile in `info` if that is one of RGB."""
     try:
         with Image.open(path) as picture:
             picture = ImageOps.exif_transpose(picture)
+            profile = picture.info.get("icc_profile", b"")
             if picture.mode.startswith("I") or picture.mode == "F":
                 array = np.array(picture, dtype=np.float64)    # 16 bits and more
                 deep = picture.mode.startswith("I;16") or array.max() > 255
-                array = array / 257 if deep else array
+                unit = picture.mode == "F" and array.max() <= 1
+                array = array / 257 if deep else array * 255 if unit else array
                 picture = Image.fromarray(array.clip(0, 255).round().astype(np.uint8))
             alpha = "A" in picture.getbands() or "transparency" in picture.info
-            return picture.convert("RGBA" if alpha else "RGB")
+            picture = picture.convert("RGBA" if alpha else "RGB")
+            picture.info = {"icc_profile": profile} if profile[16:20] == b"RGB " else {}
+            return picture
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -1201,7 +1210,7 @@ def picture_files(folder):
 
 def upsample(lq, scale):
     """Bicubic (a = -0.5, as Pillow and Matlab have it): (B, 3, h, w) -> s times."""
-    size = [n * scale for n in lq.shape[2:]]
+    size = [round(n * scale) for n in lq.shape[2:]]
     return F.interpolate(lq, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
@@ -1305,6 +1314,7 @@ class Perceptual(nn.Module):
 
     def __init__(self, net):
         super().__init__()
+        import lpips                     # slow: not for --help, not for a picture
         file = Path(torch.hub.get_dir(), "checkpoints", self.FILES[net])
         if file.exists():
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -1481,10 +1491,11 @@ def random_crop(photo, size, dice):
 
 
 def held_out(cfg, folder=None):
-    """Held-out photos: (name, group, draw, hq, lq) each; group: its folder's name.
+    """Held-out photos: (name, group, draw, hq, lq, scale); group: its folder's name.
 
     Each is degraded cfg.val_draws times (draw 0, 1, ..), with seeds of its own,
-    whatever cfg.seed.  A folder with lq/ and hq/ inside gives real pairs, by name.
+    whatever cfg.seed.  A folder with lq/ and hq/ inside gives real pairs, by name, of
+    any scale in 1 .. 4.
     """
     folder, held, s = Path(folder or cfg.val_data), [], 8 * cfg.scale
     real = (folder / "lq").is_dir()
@@ -1497,17 +1508,20 @@ def held_out(cfg, folder=None):
         hq = from_pil(open_picture(file))
         if min(hq.shape[2:]) < s:
             raise UserError(f"{file}: smaller than {s} pixels")
+        scale = cfg.scale
         if real:
             lq = from_pil(open_picture(other[name]))
-            if hq.shape[2:] != tuple(n * cfg.scale for n in lq.shape[2:]):
-                raise UserError(f"{file}: not {cfg.scale} times as large as its LQ")
+            scale = hq.shape[2] / lq.shape[2]
+            if hq.shape[3] != round(scale * lq.shape[3]) or not 1 <= scale <= 4:
+                raise UserError(f"{file}: not 1 to 4 times as large as its LQ")
         hq = hq if real else hq[:, :, :hq.shape[2] // s * s, :hq.shape[3] // s * s]
         for draw in range(1 if real else cfg.val_draws):
             if not real:
                 rng = torch.Generator().manual_seed(10_000 + 100 * i + draw)
                 lq, _ = degrade(hq, cfg, rng)
-            held.append(SimpleNamespace(name=name, group=file.parent.name, draw=draw,
-                                        hq=hq.to(device()), lq=lq.to(device())))
+            held.append(SimpleNamespace(
+                name=name, group=file.parent.name, draw=draw, hq=hq.to(device()),
+                lq=lq.to(device()), scale=scale))
     return held
 
 
@@ -1548,7 +1562,11 @@ class Run:
     def __init__(self, folder, cfg=None, on=None):
         self.folder, self.cfg = Path(folder), cfg
         file, self.csv = self.folder / "config.json", self.folder / "log.csv"
-        old = json.loads(file.read_text()) if file.exists() else {}
+        try:
+            old = json.loads(file.read_text()) if file.exists() else {}
+            old.keys()
+        except (ValueError, AttributeError):
+            raise UserError(f"{file}: not the settings of a run") from None
         if cfg is None:
             odd = (set(old) - {"on"}) ^ set(TABLE)
             if odd:
@@ -1604,17 +1622,24 @@ class Run:
 
 
 def write_file(path, data):
-    """Write text, or call data(path), to a temporary file, then rename it; rank 0's."""
+    """Write text or bytes, or call data(path), to a temporary file, then rename it:
+    whole or not at all; rank 0's."""
     if rank_and_size()[0] == 0:
         temporary = Path(f"{path}.tmp")
-        data(temporary) if callable(data) else temporary.write_text(data)
-        os.replace(temporary, path)
+        try:
+            if callable(data):
+                data(temporary)
+            else:
+                temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_weights(state, path):
     """A state dict as .safetensors; tensors with two names are written twice."""
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
-    write_file(path, partial(save_file, state))
+    write_file(path, safetensors.torch.save({
+        k: v.detach().cpu().contiguous().clone() for k, v in state.items()}))
 
 
 @torch.no_grad()
@@ -1622,10 +1647,10 @@ def load_weights(own, path, skip=()):
     """Copy a .safetensors file into `own` {name: tensor}, but for names that start
     with `skip`; UserError where there is no such file, or it does not fit."""
     try:
-        state = load_file(path)
+        state = safetensors.torch.load(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is the run trained?") from None
-    except Exception as error:                                 # truncated, not ours
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a weights file ({error})") from None
     own, state = ({k: v for k, v in tensors.items() if not k.startswith(skip)}
                   for tensors in (own, state))
@@ -1633,6 +1658,8 @@ def load_weights(own, path, skip=()):
         shapes = [tuple(s[k].shape) if k in s else "not there" for s in (own, state)]
         if shapes[0] != shapes[1]:
             raise UserError(f"{path}: {k} is {shapes[1]}, the network's {shapes[0]}")
+        if not state[k].isfinite().all():
+            raise UserError(f"{path}: {k} is not finite")
         own[k].copy_(state[k])
 
 
@@ -1655,28 +1682,42 @@ def command_of(doc, commands, flags):
 
     def flag_of(name):
         return "--" + name.replace("_", "-")
+
+    def number(text):
+        if not math.isfinite(float(text)):
+            raise argparse.ArgumentTypeError(f"not a finite number: {text}")
+        return float(text)
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.error, size = refuse, parser.add_mutually_exclusive_group()
     size.add_argument("--tiny", action="store_true", help="preset: a CPU, minutes")
     size.add_argument("--full", action="store_true", help="preset: SD 2.1's size")
     parser.add_argument("--run", help="folder of the run, runs/PRESET if left out")
-    for name, how in ({k: how for k, (how, _) in commands.items()} | flags).items():
-        parser.add_argument(flag_of(name), **how)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="a GPU if left out")
+    for title, names in (("what to do", {k: how for k, (how, _) in commands.items()}),
+                         ("how", flags)):
+        group = parser.add_argument_group(title)
+        for name, how in names.items():
+            how = how | {"type": number} if how.get("type") is float else how
+            group.add_argument(flag_of(name), **how)
     numbers = parser.add_argument_group("numbers (preset < flag), with small's values")
     for name, value in vars(preset("small")).items():
-        how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(
-            type=int, nargs="+")}.get(type(value), dict(type=type(value),
-                                                        choices=CHOICES.get(name)))
+        how = {bool: dict(action=argparse.BooleanOptionalAction), float: dict(
+            type=number), tuple: dict(type=int, nargs="+")}.get(
+                type(value), dict(type=type(value), choices=CHOICES.get(name)))
         numbers.add_argument(flag_of(name), help=str(value), **how)
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in
             vars(parser.parse_args()).items()}
     command = next((c for c in commands if c in args), None)
     if command is None:
         refuse("nothing to do: " + ", ".join(map(flag_of, commands)))
-    unused = set(args) - {command, "run", "tiny", "full", *commands[command][1]}
+    unused = set(args) - {command, "device", "tiny", "full", *commands[command][1]}
     if unused:
         refuse(f"--{command} does not use " + ", ".join(map(flag_of, sorted(unused))))
+    if args.get("device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif "device" in args and not torch.cuda.is_available():
+        refuse("--device cuda: there is none")
     args["preset"] = next((n for n in ("tiny", "full") if n in args), "small")
     return command, {"run": f"runs/{args['preset']}", **args}
 
@@ -1686,25 +1727,45 @@ def config_from(args):
     written, what would fail in the middle of a run."""
     cfg = dataclasses.replace(preset(args["preset"]),
                               **{k: v for k, v in args.items() if k in TABLE})
-    rules = {
-        "distill_t is 1 or more": cfg.distill_t >= 1,
-        "steps is 2 or more": cfg.steps >= 2,
+    zero = {"pool", "workers", "vae_lora_rank", "fake_steps", "seed", "mask_radius",
+            "warmup", "ablate_steps"} | {k for k in TABLE if k.endswith("_steps")}
+    rules = {f"{k} is {int(k not in zero)} or more": v >= (k not in zero) for k, v in
+             vars(cfg).items() if type(v) is int} | {
+        f"{k} is not negative": v >= 0 for k, v in vars(cfg).items() if
+        type(v) is float} | {
+        f"{k} is over 0": getattr(cfg, k) > 0 for k in ("kappa", "power", "clip", *(
+            k for k in TABLE if k.endswith("learning_rate")))} | {
+        "steps is 2 or more": cfg.steps >= 2, "ema is under 1": cfg.ema < 1,
+        "negative is 1 at most": cfg.negative <= 1, "scale is 4 at most": cfg.scale < 5,
+        "pad_phases is 8 at most": cfg.pad_phases <= 8,
         "0 <= eta_1 < eta_T < 1": 0 <= cfg.eta_1 < cfg.eta_T < 1,
         "vae_widths has four levels: f = 8": len(cfg.vae_widths) == 4,
-        f"crop is a multiple of {8 * cfg.scale}": cfg.crop % (8 * cfg.scale) == 0,
+        "unet_widths has two levels or more": len(cfg.unet_widths) >= 2,
+        **{f"{k}widths are multiples of {n}": all(w > 0 and w % n == 0 for w in widths)
+           for k, n, widths in (("unet_", max(cfg.groups, 1), cfg.unet_widths),
+                                ("vae_", max(cfg.vae_groups, 1), cfg.vae_widths))},
+        "unet_widths but the last are multiples of head_width, or smaller": all(
+            w < cfg.head_width or w % max(cfg.head_width, 1) == 0
+            for w in cfg.unet_widths),
+        f"crop is a multiple of {8 * cfg.scale}":
+            cfg.crop % (8 * max(cfg.scale, 1)) == 0,
         "vae_crop is a multiple of 8, at most crop":
-            cfg.vae_crop <= cfg.crop and cfg.vae_crop % 8 == 0}
+            cfg.vae_crop <= cfg.crop and cfg.vae_crop % 8 == 0,
+        **{f"{file}: no such file": not file or Path(file).is_file() for file in
+           (cfg.unet_weights, cfg.vae_weights)}}
     for rule in (rule for rule, holds in rules.items() if not holds):
         raise UserError(rule)
     return cfg
 
 
 def command_line(main):
-    """Run main(); a `UserError` is one line on stderr and exit code 2.
+    """Run main(); what the user can mend is one line on stderr and exit code 2.
 
     Under torchrun the processes meet first (NCCL, or gloo without a GPU): each trains
     on its share of each batch, rank 0 alone speaks and writes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")          # names of any alphabet
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             cuda = torch.cuda.is_available()
@@ -1717,8 +1778,17 @@ def command_line(main):
         if rank_and_size()[1] > 1:
             torch.distributed.destroy_process_group()
         sys.exit(code)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     except (UserError, OSError, FloatingPointError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print("error: not enough memory: try a smaller --tile, --batch or --crop",
+              file=sys.stderr)
         sys.exit(2)
 
 
@@ -1726,7 +1796,7 @@ def main():
     """python resshift.py --exact: chapter 0; --train: train and evaluate chapter 1."""
     command, args = command_of(__doc__, {
         "train": (dict(action="store_true", help="train what is missing, evaluate"),
-                  TABLE),
+                  (*TABLE, "run")),
         "exact": (dict(action="store_true", help="chapter 0: a table, exact.png"), ())},
         {})
     if command == "exact":
@@ -1736,8 +1806,8 @@ def main():
     lpips = Perceptual(cfg.lpips_net).to(device())
     pairs.fill()
     end, prior = chapter_end(run, pairs), chapter_prior(run, pairs)
-    table = evaluate({"bicubic": lambda p: upsample(p.lq, cfg.scale),
-                      "ResShift": lambda p: sample(prior, end, p.lq, cfg.scale)}, held,
+    table = evaluate({"bicubic": lambda p: upsample(p.lq, p.scale),
+                      "ResShift": lambda p: sample(prior, end, p.lq, p.scale)}, held,
                      lpips)
     print_table(f"held-out pictures; {lpips.name}", table, QUALITY)
 
