@@ -1011,7 +1011,7 @@ def benchmark(models, size):
         with folded(model, scores):
             one, two = (measure(f, cfg) for f in (
                 lambda: model(x), lambda: guided(model, x, 1.07)))
-            parts = [measure(f, cfg)[0] for f in parts_of(model, size).values()]
+            parts = [measure(f, cfg, 1)[0] for f in parts_of(model, size).values()]
         for suffix, (ms, peak) in {"": one, " guided": two}.items():
             row = rows[NAMES[name] + suffix] = {"ms": ms, "MB": peak / 1e6}
             base = rows["GenDR" + suffix]

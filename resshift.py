@@ -54,7 +54,7 @@ TABLE = dict(
     train_data="tiny_data/train", val_data="tiny_data/val", scale=4,
     val_draws=3,                         # degradations of each held-out picture
     crop=(128, 256, 512),                # HQ training crop, pixels
-    pool=(2048, 0, 0),                   # pairs kept in memory; 0: new ones every step
+    pool=(1536, 0, 0),                   # pairs kept in memory; 0: new ones every step
     workers=(0, 8, 8),                   # processes that make pairs
     ranges=("light", "mild", "mild"),    # of the degradation: a row of RANGES
     # the chain (ResShift)
@@ -77,10 +77,10 @@ TABLE = dict(
     estimator_width=(16, 48, 48),
     # training
     batch=(8, 16, 8), estimator_batch=32, vae_crop=(64, 128, 256),
-    vae_steps=(10, 30_000, 500_000), prior_steps=(1900, 100_000, 500_000),
-    estimator_steps=(1800, 5000, 20_000),
+    vae_steps=(10, 30_000, 500_000), prior_steps=(2050, 100_000, 500_000),
+    estimator_steps=(1600, 5000, 20_000),
     start_steps=(300, 30_000, 80_000), gendr_steps=(100, 10_000, 20_000),
-    adc_steps=(60, 20_000, 100_000), pix_steps=(60, 30_000, 100_000),
+    adc_steps=(50, 20_000, 100_000), pix_steps=(50, 30_000, 100_000),
     ablate_steps=(100, 4000, 10_000),    # of GenDR, for each row of --ablate
     learning_rate=(5e-4, 1e-4, 1e-5),    # of the prior
     vae_learning_rate=(1e-5, 5e-4, 1e-4), estimator_learning_rate=(3e-3, 1e-3, 1e-3),
