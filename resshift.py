@@ -81,7 +81,7 @@ TABLE = dict(
     estimator_steps=(1600, 5000, 20_000),
     start_steps=(300, 30_000, 80_000), gendr_steps=(100, 10_000, 20_000),
     adc_steps=(50, 20_000, 100_000), pix_steps=(50, 30_000, 100_000),
-    ablate_steps=(100, 4000, 10_000),    # of GenDR, for each row of --ablate
+    ablate_steps=(40, 4000, 10_000),     # of a chapter, for each row of --ablate
     learning_rate=(5e-4, 1e-4, 1e-5),    # of the prior
     vae_learning_rate=(1e-5, 5e-4, 1e-4), estimator_learning_rate=(3e-3, 1e-3, 1e-3),
     start_learning_rate=(1e-3, 5e-5, 1e-5), gendr_learning_rate=(5e-4, 5e-5, 1e-5),
