@@ -52,7 +52,8 @@ from resshift import (
     error_by_time, evaluate, exact_table, fit_conv, from_pil, held_out,
     lattice_amplitude, lattice_peak, lattice_points, luma, means, negatives, noise_like,
     open_picture, pad_to, picture_files, print_table, psnr, quiet, rank_and_size,
-    sample, spectral_distance, spectrum, spread, to_pil, to_unit, train, upsample, write_file)
+    sample, spectral_distance, spectrum, spread, to_pil, to_unit, train, upsample,
+    write_file)
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
 class DegradationEstimator(nn.Module):
@@ -720,15 +721,18 @@ def restore(restorer, estimator, lq, scale=4, passes=1, weight=1.07, tile=0,
 
 
 def tiled(run, x, tile, overlap=64):
-    """run() on overlapping squares of x, cross-faded with a linear ramp."""
+    """run() on overlapping squares of x, cross-faded with a linear ramp, that leaves
+    out the 16 pixels next to an inner border: they have seen less of the picture."""
     total, weights = torch.zeros_like(x), torch.zeros_like(x[:, :1])
     starts = [range(0, max(n - overlap, 1), tile - overlap) for n in x.shape[2:]]
     for top in starts[0]:
         for left in starts[1]:
             at = (..., slice(top, top + tile), slice(left, left + tile))
-            ramps = [torch.minimum(torch.arange(n) + 1, torch.arange(n, 0, -1))
-                     .clamp(max=overlap).to(x) for n in x[at].shape[2:]]
-            fade = ramps[0][:, None] * ramps[1]
+            rows, columns = (torch.minimum(
+                torch.arange(n) - 16 + 99 * (start == 0),
+                torch.arange(n, 0, -1) - 17 + 99 * (start + n == whole)).clamp(0, 32)
+                for n, start, whole in zip(x[at].shape[2:], (top, left), x.shape[2:]))
+            fade = (rows[:, None] * columns).to(x)
             total[at] += fade * run(x[at])
             weights[at] += fade
     return total / weights
@@ -1368,8 +1372,8 @@ def draw_lattice(pix, m, cfg, held, file):
     for axis, function, title in zip(axes[:, -1], (
             lambda y, _: lattice_peak(y), spectral_distance), (
             "lattice peak, dB", "spectral distance, dB")):
-        axis.plot(phases, [sum(map(function, ys, hq)).item() / len(held) for ys in means],
-                  "o-", label="mean over n phases")
+        axis.plot(phases, [sum(map(function, ys, hq)).item() / len(held) for ys in
+                           means], "o-", label="mean over n phases")
         axis.set(xlabel="phases n", title=title, xticks=phases)
     axes[0, -1].plot(phases, theory, "s--", label="theory: n | k + 3 l")
     axes[0, -1].legend()
