@@ -791,11 +791,11 @@ def all_chapters(run, pairs=None, lpips=None, held=()):
     """{chapter: model} of a run: loaded, or with `pairs` trained where missing.
 
     Score and adversarial losses need not fall while the pictures get better, so every
-    chapter is watched by measures on held-out pictures, one draw of each.
+    chapter is watched by measures on every other held-out picture, one draw of each.
     """
     def watch(model, *_):
         row = evaluate({"": lambda p: restore(model, m["estimator"], p.lq, p.scale)},
-                       [p for p in held if p.draw == 0], lpips)[""]
+                       [p for p in held if p.draw == 0][::2], lpips)[""]
         return {f"val {k}": row[k] for k in ("psnr", "lpips", "spectral", "lattice")}
     m = {"vae": chapter_end(run, pairs), "resshift": chapter_prior(run, pairs)}
     for name in CHAPTERS[2:]:
@@ -1158,6 +1158,24 @@ def draw_spectra(table, file):
     write_file(file, lambda path: figure.savefig(path, format="png"))
 
 
+def draw_curves(run, file):
+    """curves.png: losses, PSNR and spectral distance by step, chapter after chapter."""
+    from matplotlib.figure import Figure
+    figure, curves = Figure((15, 4.5), 90, layout="constrained"), run.curves()
+    for axis, (title, names) in zip(figure.subplots(1, 3), {
+            "loss": ("mse", "scores", "l1"), "held-out PSNR, dB": ("val psnr",),
+            "spectral distance, dB": ("val spectral",)}.items()):
+        first = 0
+        for stage, name in (key for key in curves if key[1] in names):
+            steps, values = zip(*curves[stage, name].items())
+            axis.plot([first + n for n in steps], values, ".-", label=stage)
+            first += steps[-1]
+        axis.set(xlabel="step", title=title, yscale="log" if title == "loss" else
+                 "linear")
+        axis.legend()
+    write_file(file, lambda path: figure.savefig(path, format="png"))
+
+
 def report(run, m, held, lpips, size, guidance):
     """Evaluate, measure, draw; write metrics.json and pictures; True if PASS."""
     table = evaluate(methods_of(m, guidance), held, lpips)
@@ -1187,6 +1205,7 @@ def report(run, m, held, lpips, size, guidance):
                       "Infinity", "null"))           # HQ's own PSNR
     draw_report(table, held, lpips, run.folder / "report.png")
     draw_spectra(table, run.folder / "spectrum.png")
+    draw_curves(run, run.folder / "curves.png")
     return passed
 
 

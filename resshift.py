@@ -108,7 +108,7 @@ TABLE = dict(
     unet_weights="", vae_weights="",     # as .safetensors, under diffusers' names
     seed=0, precision=("fp32", "bf16", "bf16"),            # autocast, on CUDA alone
     checkpointing=(False, False, True),  # U-Net activations again in the backward pass
-    save_every=(200, 1000, 1000), log_every=(200, 200, 200))
+    save_every=(200, 1000, 1000), log_every=(50, 200, 200))
 
 Config = dataclasses.make_dataclass("Config", [
     (k, type(v), v) for k, v in ((k, v[1] if isinstance(v, tuple) else v)

@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -1615,7 +1616,7 @@ def test_train_goes_through_every_stage_and_writes_every_file(finished):
     assert done.stdout.count("PASS") + done.stdout.count("FAIL") == 1
     passed = all(c["floor"] for c in metrics["checks"].values())
     assert (done.returncode == 0) == passed
-    for name in ("report.png", "spectrum.png"):
+    for name in ("report.png", "spectrum.png", "curves.png"):
         array = np.array(Image.open(folder / name).convert("RGB"))
         assert array.shape[1] > 600 and array.std() > 20     # not an empty page
 
@@ -1737,7 +1738,7 @@ BAD = {                                  # arguments, after a split: what is sai
     "vae_steps", "--train --tiny --crop 100": "crop", "--train --tiny --distill magic":
     "invalid choice", "--train --tiny --vae-widths 8 8": "four levels",
     "--train --tiny --train-data EMPTY": "no pictures", "--train --tiny --train-data "
-    "THUMBS": "no picture has a 128", "--train --tiny --space pixel": "latent",
+    "THUMBS": "no picture has a", "--train --tiny --space pixel": "latent space",
     "--train --tiny --ema 1": "ema", "--train --tiny --negative 2": "negative",
     "--train --tiny --data THUMBS": "not use --data", "--eval --run NONE": "train first",
     "--eval --run RUN --ranges mild": "not use --ranges", "--bench --tiny --size 20":
@@ -1863,6 +1864,42 @@ def test_the_line_budget():
     lines = [len((HERE / name).read_text().splitlines()) for name in
              ("resshift.py", "gendr_pix.py")]
     assert sum(lines) <= 2600 and max(lines) <= 1350
+
+
+def test_the_readmes_table_is_the_expected_runs():
+    metrics = json.loads((HERE / "tiny_data/expected/metrics.json").read_text())
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
+             (HERE / "README.md").read_text().splitlines() if line.startswith("| ")]
+    head = next(i for i, line in enumerate(lines) if line[1:2] == ["PSNR"])
+    keys = ("psnr", "lpips", "spectral", "lattice", "ms")
+    for line in lines[head + 1:head + 7]:
+        row = metrics["table"][line[0]]
+        for key, cell in zip(keys, line[1:]):
+            digits = len(cell.partition(".")[2])
+            assert cell == f"{row[key]:.{digits}f}", (line[0], key)
+    assert all(check["floor"] for check in metrics["checks"].values())       # PASS
+
+
+def test_the_readmes_golden_number(capsys):
+    """The code block of the README prints the number that stands behind it."""
+    text = (HERE / "README.md").read_text()
+    block = text[text.index("    import torch, resshift as r"):].split("\n\n")[0]
+    exec("\n".join(line[4:] for line in block.splitlines()), {})
+    assert capsys.readouterr().out.strip() == block.rpartition("# ")[2].strip()
+
+
+def test_the_readme_is_short_and_names_what_exists():
+    text = (HERE / "README.md").read_text()
+    assert len(text.split()) <= 2700
+    tests = (HERE / "test_gendr_pix.py").read_text()
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
+    for name in re.findall(r"\]\((tiny_data/[^)]*)\)", text):
+        assert (HERE / name).is_file(), name
+    for flags in re.findall(r"python gendr_pix\.py ([^`#\n]*)", text):
+        for flag in re.findall(r"--([a-z-]+)", flags):
+            key = flag.replace("-", "_")
+            assert key in {*r.TABLE, *g.COMMANDS, *g.FLAGS, "tiny", "full", "run"}, flag
 
 
 def test_importing_does_nothing_visible(tmp_path):
