@@ -1433,7 +1433,7 @@ def restore_files(args):
                     ".jpg", ".jpeg", ".bmp"):
                 up.putalpha(picture.getchannel("A").resize(up.size, Image.BICUBIC))
             output.parent.mkdir(parents=True, exist_ok=True)
-            write_file(output, partial(up.save, **picture.info, format=(
+            write_file(output, partial(up.save, **picture.info, quality=95, format=(
                 Image.registered_extensions()[output.suffix.lower()])))
             print(f"{output}: {up.width}x{up.height}")
         except (UserError, OSError, ValueError) as error:
@@ -1518,10 +1518,12 @@ FLAGS = {
 
 
 def main():
-    """python gendr_pix.py: train, evaluate, measure, or restore one picture."""
+    """python gendr_pix.py: train, evaluate, measure, or restore pictures."""
     started, (command, args) = time.time(), command_of(__doc__, COMMANDS, FLAGS)
     if args.get("size", 16) % 8 or args.get("size", 16) < 16:
         raise UserError("--size takes a multiple of 8, 16 or more")
+    if args.get("ablate_steps", 1) < 1:
+        raise UserError("--ablate-steps takes 1 or more")
     if command == "exact":
         return exact()
     if args.get("space") == "pixel":
@@ -1531,14 +1533,16 @@ def main():
     finished = command in ("eval", "ablate")
     run = Run(args["run"]) if finished else None
     cfg = run.cfg if finished else config_from(args)
+    if finished and not (run.folder / "pix.safetensors").exists():
+        raise UserError(f"{run.folder}: not finished; --train first")
+    if not any(args.get("row", "") in row for row in ablation_rows(1)):
+        raise UserError("--row: no such row; there are " + ", ".join(ablation_rows(1)))
     held = held_out(cfg, args.get("data"))
     pairs = None if command == "eval" else Pairs(cfg)
     lpips = Perceptual(cfg.lpips_net).to(device())
     run = run or Run(args["run"], cfg)
     if pairs:
         pairs.fill()
-    if finished and not (run.folder / "pix.safetensors").exists():
-        raise UserError(f"{run.folder}: not finished; --train first")
     m = all_chapters(run, pairs, lpips, held)
     if command == "ablate":
         return ablate(run, m, pairs, held, lpips, args.get(

@@ -1740,12 +1740,14 @@ BAD = {                                  # arguments, after a split: what is sai
     "--train --tiny --train-data EMPTY": "no pictures", "--train --tiny --train-data "
     "THUMBS": "no picture has a", "--train --tiny --space pixel": "latent space",
     "--train --tiny --ema 1": "ema", "--train --tiny --negative 2": "negative",
-    "--train --tiny --data THUMBS": "not use --data", "--eval --run NONE": "train first",
+    "--train --tiny --data THUMBS": "not use --data", "--eval --run NONE": "train",
     "--eval --run RUN --ranges mild": "not use --ranges", "--bench --tiny --size 20":
     "multiple of 8", "--bench --tiny --run RUN": "not use --run",
     "--exact --tiny --seed 3": "not use --seed", "--eval --run RUN --data THUMBS":
     "smaller than", "--eval --run BROKEN": "not the settings", "--eval --run LIST":
     "not the settings", "--ablate --run NONE": "train first",
+    "--ablate --run RUN --row nonsense": "no such row",
+    "--ablate --run RUN --ablate-steps 0": "1 or more",
     "--input TEXT --run RUN --output NEW.png": "not a readable picture",
     "--input CUT --run RUN --output NEW.png": "not a readable picture",
     "--input NOTHING.png --run RUN --output NEW.png": "no such file",
