@@ -927,6 +927,8 @@ def measure(function, cfg, repeats=3, budget=20.0):
     cuda, seconds = device().type == "cuda", []
     with autocast(cfg):
         function()
+        if cuda:
+            torch.cuda.synchronize()
         while len(seconds) < repeats and sum(seconds) < budget:
             start = time.perf_counter()
             function()
@@ -1186,10 +1188,11 @@ def report(run, m, held, lpips, size, guidance):
         print_table(f"{len(at)} of {len(held)}: {group}", {
             name: means([row["each"][i] for i in at]) for name, row in table.items()},
             QUALITY)
-    ranks = rank_correlations(m["estimator"], held, run.cfg)
+    first = [p for p in held if p.draw == 0]
+    ranks = rank_correlations(m["estimator"], first, run.cfg)
     print("\nestimator, rank correlation with the truth: "
           + ", ".join(f"{k} {v:.2f}" for k, v in ranks.items()))
-    errors = error_by_time(m["resshift"], m["vae"], [p for p in held if p.draw == 0])
+    errors = error_by_time(m["resshift"], m["vae"], first)
     print("the prior's error at t = 1 .. T: ", *(f"{e:.3f}" for e in errors))
     bench = benchmark({name: m[name] for name in NAMES}, size)
     rows = checks(table, bench, errors)
@@ -1223,7 +1226,7 @@ PASSES = {"plain CFG": (2, 0), "PadCFG": (2, 1), "4 passes": (4, 1),
 PIX = "Pix: plain start"                 # the row that chapter 4's others change
 
 
-def ablation_rows(n):
+def ablation_rows(n, crop):
     """{row: (chapters trained anew, change of Config)}; n: each one's budget in steps.
 
     The rows of chapters 3 and 4 start plainly, as the paper's ends do.
@@ -1246,7 +1249,7 @@ def ablation_rows(n):
         "Pix: no random padding": (last, dict(pad_phases=1)),
         "Pix: no Fourier loss": (last, dict(lambda_fourier=0.0)),
         **{f"Pix: mask radius {k}": (last, dict(mask_radius=k)) for k in (0, 2)},
-        "Pix: unmasked but at (0, 0)": (last, dict(mask_radius=8)),
+        "Pix: unmasked but near (0, 0)": (last, dict(mask_radius=crop // 16)),
         "Pix: HQ for a teacher": (last, dict(teacher="hq"))}
     for name, change in {"plain": {}, "repeated weights": dict(repeated=True),
                          "least squares": dict(least_squares=True)}.items():
@@ -1265,11 +1268,13 @@ ABLATION = {k: v for k, v in QUALITY.items() if k != "lattice_amplitude"} | {
 
 def ablate(run, m, pairs, held, lpips, steps, only="", seeds=3):
     """--ablate: train, or go on with, every row whose name contains `only`, on the
-    chapters m of a finished run; writes ablation.json, ablation.md and lattice.png.
+    chapters m of a finished run; all rows: ablation.json, ablation.md, lattice.png.
 
-    Rows share all but their change: start, batches, noise, budget, held-out pictures.
+    Rows share all but their change: start, batches, noise, budget, held-out pictures;
+    seeds differ in start and noise.
     """
-    cfg, held, rows = run.cfg, [p for p in held if p.draw == 0], ablation_rows(steps)
+    cfg, held = run.cfg, [p for p in held if p.draw == 0]
+    rows = ablation_rows(steps, cfg.crop)
     methods = methods_of(m, cfg.guidance)
     known = evaluate({k: methods[k] for k in ("bicubic", *NAMES.values())}, held, lpips)
     found = {name: [{k: row[k] for k in QUALITY}] for name, row in known.items()}
@@ -1288,18 +1293,19 @@ def ablate(run, m, pairs, held, lpips, steps, only="", seeds=3):
                     watch = partial(watch_pix, m["estimator"], held, known["GenDR"])
                 mine[chapter] = next_chapter(part, chapter, mine, pairs, lpips, watch)
             result = row_of(name, part, mine, m, held, known["GenDR"], lpips)
+            write_file(file, json.dumps(result))
             if name == PIX and seed == 0:
                 draw_lattice(mine["pix"], m, cfg, held, run.folder / "lattice.png")
-            write_file(file, json.dumps(result))
         for label, row in json.loads(file.read_text()).items():
             found.setdefault(label, []).append(row)
-    bench = {} if only else {size: benchmark({k: m[k] for k in NAMES}, size) for size in
-                             (256, 512, 1024)}
-    write_file(run.folder / "ablation.md", print_table(
-        f"{steps} steps, {seeds} seeds; {lpips.name}",
-        {k: spread(v, ABLATION) for k, v in found.items()}, ABLATION))
-    write_file(run.folder / "ablation.json", json.dumps({
-        "rows": found, "benchmark": bench}, indent=1).replace("Infinity", "null"))
+    text = print_table(f"{steps} steps, {seeds} seeds; {lpips.name}", {
+        k: spread(v, ABLATION) for k, v in found.items()}, ABLATION)
+    if not only:
+        bench = {size: benchmark({k: m[k] for k in NAMES}, size) for size in
+                 (256, 512, 1024)}
+        write_file(run.folder / "ablation.md", text)
+        write_file(run.folder / "ablation.json", json.dumps({
+            "rows": found, "benchmark": bench}, indent=1).replace("Infinity", "null"))
     return found
 
 
@@ -1347,9 +1353,10 @@ def by_passes(pix, estimator, cfg, passes, shift=1, weight=None):
     """A method for `evaluate`: `pad_cfg` with so many passes."""
     @torch.no_grad()
     def method(p):
-        with folded(pix, estimator(p.lq)):
-            x = upsample(p.lq, p.scale)
-            return pad_cfg(pix, x, weight or cfg.guidance, None, passes, shift)
+        x = upsample(p.lq, p.scale)
+        with folded(pix, estimator(p.lq)), autocast(cfg):
+            y = pad_cfg(pix, pad_to(x, 8), weight or cfg.guidance, None, passes, shift)
+        return y[:, :, :x.shape[2], :x.shape[3]].float()
     return method
 
 
@@ -1384,7 +1391,7 @@ def draw_lattice(pix, m, cfg, held, file):
     means = [[inner(by_passes(pix, m["estimator"], cfg, 2 * n, weight=1.0)(p)) for p in
               held] for n in phases]
     points = 10 * torch.cat([torch.div(*lattice_points(y)).log10() for y in means[0]]
-                            ).mean(0)
+                            ).mean(0).cpu()
     theory = [torch.where((k[:, None] + 3 * k).flatten() % n == 0, points, -2.5)[1:]
               .mean().item() for n in phases]
     hq = [inner(p.hq) for p in held]
@@ -1407,15 +1414,16 @@ def restore_files(args):
     lists them, and ends with exit code 1.  Alpha is resized beside the picture.
     """
     source, target = Path(args["input"]), Path(args.get("output", "up.png"))
-    jobs = {source: target}
+    if not source.exists():
+        raise UserError(f"{source}: no such file")
+    jobs, kinds = {source: target}, Image.registered_extensions()
     if source.is_dir():
         jobs = {file: target / file.relative_to(source) for file in
                 picture_files(source)}
-    Image.init()
     for file, output in jobs.items():
         for fault, wrong in {
-                f"{output}: not a picture format to write": Image.registered_extensions(
-                    ).get(output.suffix.lower()) not in Image.SAVE,
+                f"{output}: not a picture format to write":
+                    kinds.get(output.suffix.lower()) not in Image.SAVE,
                 f"{output}: no such folder":
                     not source.is_dir() and not output.parent.is_dir(),
                 f"{output}: is the input": output.resolve() == file.resolve(),
@@ -1429,16 +1437,16 @@ def restore_files(args):
         try:
             picture = open_picture(file)
             up = to_pil(method(from_pil(picture).to(device())))
-            if picture.mode == "RGBA" and output.suffix.lower() not in (
-                    ".jpg", ".jpeg", ".bmp"):
+            kind = kinds[output.suffix.lower()]
+            if picture.mode == "RGBA" and kind not in ("JPEG", "BMP"):     # no alpha
                 up.putalpha(picture.getchannel("A").resize(up.size, Image.BICUBIC))
             output.parent.mkdir(parents=True, exist_ok=True)
-            write_file(output, partial(up.save, **picture.info, quality=95, format=(
-                Image.registered_extensions()[output.suffix.lower()])))
+            save = partial(up.save, **picture.info, quality=95, format=kind)
+            write_file(output, save)
             print(f"{output}: {up.width}x{up.height}")
-        except (UserError, OSError, ValueError) as error:
+        except (UserError, OSError, ValueError, RuntimeError, MemoryError) as error:
             if not source.is_dir():
-                raise UserError(f"{output}: {error}") from None
+                raise
             failed.append(f"{file}: {error}")
     if failed:
         print(f"{len(failed)} of {len(jobs)} failed:", *failed, sep="\n",
@@ -1501,7 +1509,7 @@ COMMANDS = {                             # name: (argparse, the flags that it re
     "input": (dict(help="a picture to restore, or a folder"), (
         "output", "force", "model", "passes", "guidance", "tile", "degradation",
         "scale", "run"))}
-TILE = 512                               # side of a tile, where a picture is over 4
+TILE = 512                               # side of a tile, above 4 tiles' pixels
 FLAGS = {
     "output": dict(help="--input: file or folder to write; up.png if left out"),
     "force": dict(action="store_true", help="--input: overwrite what exists"),
@@ -1535,8 +1543,10 @@ def main():
     cfg = run.cfg if finished else config_from(args)
     if finished and not (run.folder / "pix.safetensors").exists():
         raise UserError(f"{run.folder}: not finished; --train first")
-    if not any(args.get("row", "") in row for row in ablation_rows(1)):
-        raise UserError("--row: no such row; there are " + ", ".join(ablation_rows(1)))
+    if command == "ablate" and rank_and_size()[1] > 1:
+        raise UserError("--ablate runs in one process")
+    if not any(args.get("row", "") in row for row in ablation_rows(1, 128)):
+        raise UserError("--row: none of " + ", ".join(ablation_rows(1, 128)))
     held = held_out(cfg, args.get("data"))
     pairs = None if command == "eval" else Pairs(cfg)
     lpips = Perceptual(cfg.lpips_net).to(device())
@@ -1553,9 +1563,9 @@ def main():
     if "data" in args:
         table = evaluate(methods_of(m, guidance), held, lpips)
         print_table(f"mean; {lpips.name}", table, QUALITY)
-        rows = [",".join(("picture", "method", *table["HQ"]["each"][0]))] + [
-            ",".join(map(str, (p.name, name, *e.values()))) for name, row in
-            table.items() for p, e in zip(held, row["each"])]
+        rows = [",".join(("picture", "draw", "method", *table["HQ"]["each"][0]))] + [
+            ",".join(map(str, (json.dumps(p.name), p.draw, name, *e.values()))) for
+            name, row in table.items() for p, e in zip(held, row["each"])]
         write_file(run.folder / "eval.csv", "\n".join(rows) + "\n")
         return print(f"per picture: {run.folder / 'eval.csv'}")
     passed = report(run, m, held, lpips, args.get("size", 512), guidance)

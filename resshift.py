@@ -315,7 +315,8 @@ def exact_table(title, rows, file, panels, columns=(), seeds=3, count=2000):
     print_table(title, {k: spread(v, columns) for k, v in found.items()}, columns)
     for i, (name, row) in enumerate(found.items()):
         axes[-1].semilogy(row[0]["mse"], row[0]["distance"], "os^D"[i // 4], label=name)
-    axes[-1].set(xlabel="MSE to x0 (fidelity)", ylabel="distance (realism)")
+    axes[-1].set(xlabel="MSE to x0 (fidelity)", ylabel="distance (realism)",
+                 title="seed 0")
     axes[-1].legend(fontsize=7)
     write_file(file, lambda path: figure.savefig(path, format="png"))
 
@@ -979,8 +980,7 @@ def error_by_time(prior, end, held):
     errors, chain = torch.zeros(prior.chain.steps), prior.chain
     for p in held:
         x0 = end.encode(pad_to(p.hq, end.factor))
-        y0 = end.encode(pad_to(upsample(p.lq, p.hq.shape[2] // p.lq.shape[2]),
-                               end.factor))
+        y0 = end.encode(pad_to(upsample(p.lq, p.scale), end.factor))
         noise = noise_like(x0, torch.Generator().manual_seed(0))
         for t in torch.arange(1, chain.steps + 1).split(1):
             guess = prior(chain.q_sample(x0, y0, t, noise), y0, t)
@@ -1182,7 +1182,7 @@ def open_picture(path):
     try:
         with Image.open(path) as picture:
             picture = ImageOps.exif_transpose(picture)
-            profile = picture.info.get("icc_profile", b"")
+            profile = picture.info.get("icc_profile") or b""
             if picture.mode.startswith("I") or picture.mode == "F":
                 array = np.array(picture, dtype=np.float64)    # 16 bits and more
                 deep = picture.mode.startswith("I;16") or array.max() > 255
@@ -1393,8 +1393,10 @@ def spread(found, columns):
     """{key: "mean +- deviation"} of rows that differ in their seed: `print_table`'s."""
     v = {k: torch.tensor([float(row[k]) for row in found]) for k in columns if
          k in found[0]}
-    return {k: f"{v[k].mean():{form}}" + (f" +- {v[k].std():{form}}" if len(found) > 1
-            else "") for k, (_, form) in columns.items() if k in v}
+    return {k: f"never in {(~x.isfinite()).sum()}" if not x.isfinite().all() else
+            f"{x.mean():{columns[k][1]}}" + (
+                f" +- {x.std():{columns[k][1]}}" if len(found) > 1 else "")
+            for k, x in v.items()}
 
 
 # ---- 11. Training pairs (skim) -------------------------------------------------------
@@ -1711,7 +1713,8 @@ def command_of(doc, commands, flags):
     command = next((c for c in commands if c in args), None)
     if command is None:
         refuse("nothing to do: " + ", ".join(map(flag_of, commands)))
-    unused = set(args) - {command, "device", "tiny", "full", *commands[command][1]}
+    free = {"device", "tiny", "full"} if commands[command][1] else set()
+    unused = set(args) - {command, *free, *commands[command][1]}
     if unused:
         refuse(f"--{command} does not use " + ", ".join(map(flag_of, sorted(unused))))
     if args.get("device") == "cpu":
@@ -1744,13 +1747,14 @@ def config_from(args):
         **{f"{k}widths are multiples of {n}": all(w > 0 and w % n == 0 for w in widths)
            for k, n, widths in (("unet_", max(cfg.groups, 1), cfg.unet_widths),
                                 ("vae_", max(cfg.vae_groups, 1), cfg.vae_widths))},
-        "unet_widths but the last are multiples of head_width, or smaller": all(
+        "unet_widths are multiples of head_width, or smaller": all(
             w < cfg.head_width or w % max(cfg.head_width, 1) == 0
             for w in cfg.unet_widths),
         f"crop is a multiple of {8 * cfg.scale}":
             cfg.crop % (8 * max(cfg.scale, 1)) == 0,
         "vae_crop is a multiple of 8, at most crop":
             cfg.vae_crop <= cfg.crop and cfg.vae_crop % 8 == 0,
+        "vae_weights need --no-vae-skip": not (cfg.vae_weights and cfg.vae_skip),
         **{f"{file}: no such file": not file or Path(file).is_file() for file in
            (cfg.unet_weights, cfg.vae_weights)}}
     for rule in (rule for rule, holds in rules.items() if not holds):
@@ -1779,13 +1783,14 @@ def command_line(main):
             torch.distributed.destroy_process_group()
         sys.exit(code)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+        print("interrupted: the same --train goes on from here", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError, FloatingPointError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not any(
+                text in str(error) for text in ("out of memory", "not enough memory")):
             raise
         print("error: not enough memory: try a smaller --tile, --batch or --crop",
               file=sys.stderr)

@@ -1522,7 +1522,7 @@ def test_ablation_trains_every_row_and_goes_on_where_it_stopped(tmp_path, in_pro
     lpips = r.Perceptual("alex")
     monkeypatch.setattr(r.Run, "lock", lambda self: None)    # parts twice in a process
     table = g.ablate(run, m, pairs, held, lpips, 1, only="Pix", seeds=2)
-    names = {name for name in g.ablation_rows(1) if "Pix" in name}
+    names = {name for name in g.ablation_rows(1, 32) if "Pix" in name}
     assert names | {f"{g.PIX}, {k}" for k in g.PASSES} == {
         k for k, v in table.items() if len(v) == 2}
     plain, start = table[g.PIX], table["Pix: plain, untrained"]
@@ -1530,10 +1530,6 @@ def test_ablation_trains_every_row_and_goes_on_where_it_stopped(tmp_path, in_pro
         assert table[name][0]["psnr"] != plain[0]["psnr"], name
     assert plain[0]["psnr"] != plain[1]["psnr"] and "seen" in plain[0]
     assert start[0]["teacher"] < table["Pix: least squares, untrained"][0]["teacher"]
-    text = (run.folder / "ablation.md").read_text()
-    assert all(f"| {name} " in text for name in table)
-    assert json.loads((run.folder / "ablation.json").read_text())["rows"].keys() == \
-        table.keys()
     assert np.array(Image.open(run.folder / "lattice.png").convert("L")).std() > 20
     monkeypatch.setattr(g, "train", None)                    # nothing is left to train
     assert g.ablate(run, m, pairs, held, lpips, 1, only="Pix", seeds=2)[
@@ -1546,6 +1542,13 @@ def test_ablation_trains_every_row_and_goes_on_where_it_stopped(tmp_path, in_pro
     assert "guided LoRA" in rows and "SiD" not in rows
     rows = g.ablate(run, m, pairs, held, lpips, 1, only="end", seeds=1)
     assert {"ends one after the other", "both ends at once"} <= set(rows)
+    assert not (run.folder / "ablation.md").exists()         # of all rows alone
+    monkeypatch.setattr(g, "benchmark", lambda models, size: {"size": size})
+    table = g.ablate(run, m, pairs, held, lpips, 1, seeds=1)
+    text = (run.folder / "ablation.md").read_text()
+    assert all(f"| {name} " in text for name in g.ablation_rows(1, 32))
+    assert json.loads((run.folder / "ablation.json").read_text())["rows"].keys() == \
+        table.keys()
 
 
 def test_repeated_weights_keep_the_size_of_a_convolution():
@@ -1746,7 +1749,7 @@ BAD = {                                  # arguments, after a split: what is sai
     "--exact --tiny --seed 3": "not use --seed", "--eval --run RUN --data THUMBS":
     "smaller than", "--eval --run BROKEN": "not the settings", "--eval --run LIST":
     "not the settings", "--ablate --run NONE": "train first",
-    "--ablate --run RUN --row nonsense": "no such row",
+    "--ablate --run RUN --row nonsense": "none of",
     "--ablate --run RUN --ablate-steps 0": "1 or more",
     "--input TEXT --run RUN --output NEW.png": "not a readable picture",
     "--input CUT --run RUN --output NEW.png": "not a readable picture",
