@@ -1590,17 +1590,16 @@ def command(script, *arguments, cwd=HERE):
 def finished(tmp_path_factory):
     """A run of all chapters with a handful of steps and small networks."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    flags = [*SMALL, "--size", 64, "--log-every", 2]
-    for name in ("vae", "prior", "estimator", "start", "gendr", "adc", "pix"):
-        flags += [f"--{name}-steps", 2]
-    done = command("gendr_pix.py", "--train", "--tiny", "--run", folder, *flags)
-    return folder, done
+    return folder, command("gendr_pix.py", *CUT, "--run", folder)
 
 
 SMALL = ("--pool", 8, "--batch", 2, "--crop", 64, "--unet-widths", 16, 32, "--groups",
          8, "--head-width", 16, "--vae-widths", 8, 8, 8, 16, "--vae-groups", 4,
          "--vae-crop", 32, "--steps", 4, "--val-draws", 1,
          "--val-data", "tiny_data/val/other")
+CUT = ["--train", "--tiny", *SMALL, "--size", 64, "--log-every", 2]
+for _name in ("vae", "prior", "estimator", "start", "gendr", "adc", "pix"):
+    CUT += [f"--{_name}-steps", 2]
 
 
 def test_train_goes_through_every_stage_and_writes_every_file(finished):
@@ -1826,32 +1825,33 @@ def test_a_full_disk_is_one_line_and_the_last_good_file_stays(tmp_path, monkeypa
     assert file.read_bytes() == b"good" and list(tmp_path.iterdir()) == [file]
 
 
+def weights(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).glob("*.safetensors")}
+
+
 def killed_and_resumed(folder, kills, dice):
     """A cut-down --train --tiny, killed `kills` times at random moments and resumed:
     its weights, {name: bytes}."""
-    flags = [*SMALL, "--size", 64, "--save-every", 1, "--run", folder]
-    for name in ("vae", "prior", "estimator", "start", "gendr", "adc", "pix"):
-        flags += [f"--{name}-steps", 6]
-    words = [sys.executable, "gendr_pix.py", "--train", "--tiny", *map(str, flags)]
+    words = [sys.executable, "gendr_pix.py", *CUT, "--save-every", 1, "--run", folder]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_HOME": "/nonexistent",
                         "https_proxy": "http://127.0.0.1:9"}
     for _ in range(kills):
-        run = subprocess.Popen(words, cwd=HERE, env=env, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+        run = subprocess.Popen([*map(str, words)], cwd=HERE, env=env,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            run.wait(dice.uniform(4, 16))
+            run.wait(dice.uniform(3, 16))
         except subprocess.TimeoutExpired:
             run.kill()                                       # SIGKILL
             run.wait()
-    done = subprocess.run(words, cwd=HERE, env=env, capture_output=True, text=True)
+    done = command("gendr_pix.py", *words[2:])
     assert done.returncode in (0, 1), done.stderr
-    return {p.name: p.read_bytes() for p in sorted(Path(folder).glob("*.safetensors"))}
+    return weights(folder)
 
 
-def test_a_run_killed_and_resumed_ends_with_the_same_weights(tmp_path):
-    whole = killed_and_resumed(tmp_path / "whole", 0, random.Random(0))
+def test_a_run_killed_and_resumed_ends_with_the_same_weights(finished, tmp_path):
+    whole = weights(finished[0])
     assert len(whole) == len(g.CHAPTERS)
-    assert killed_and_resumed(tmp_path / "killed", 2, random.Random(0)) == whole
+    assert killed_and_resumed(tmp_path / "run", 2, random.Random(0)) == whole
 
 
 def test_the_scripts_keep_their_shape():
@@ -1864,7 +1864,7 @@ def test_the_scripts_keep_their_shape():
                 assert node.end_lineno - node.lineno < 50, node.name
 
 
-@pytest.mark.xfail(strict=True, reason="the budget is missed, by about 500 lines")
+@pytest.mark.xfail(strict=True, reason="the budget is missed, by about 800 lines")
 def test_the_line_budget():
     lines = [len((HERE / name).read_text().splitlines()) for name in
              ("resshift.py", "gendr_pix.py")]
@@ -1924,5 +1924,5 @@ if __name__ == "__main__":
 if __name__ == "__main__":               # by hand: 20 kills, about 6 minutes
     with tempfile.TemporaryDirectory() as folder:
         assert killed_and_resumed(f"{folder}/a", 0, None) == killed_and_resumed(
-            f"{folder}/b", 20, random.Random(0))
+            f"{folder}/b", 20, random.Random())
         print("20 kills: bit-identical weights")
