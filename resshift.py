@@ -1717,9 +1717,8 @@ def command_of(doc, commands, flags):
     unused = set(args) - {command, *free, *commands[command][1]}
     if unused:
         refuse(f"--{command} does not use " + ", ".join(map(flag_of, sorted(unused))))
-    if args.get("device") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif "device" in args and not torch.cuda.is_available():
+    os.environ |= {"CUDA_VISIBLE_DEVICES": ""} if args.get("device") == "cpu" else {}
+    if args.get("device") == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: there is none")
     args["preset"] = next((n for n in ("tiny", "full") if n in args), "small")
     return command, {"run": f"runs/{args['preset']}", **args}

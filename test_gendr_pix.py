@@ -24,7 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -387,7 +387,7 @@ def test_stable_diffusion_weights_start_the_prior(tmp_path, in_project):
     for k, v in ours.items():
         assert k.startswith(("conv_in.", "conv_out.")) or torch.equal(v, theirs[k])
     theirs["mid_block.resnets.0.conv1.weight"] = torch.zeros(1)
-    r.save_file(theirs, file)
+    save_file(theirs, file)
     with pytest.raises(r.UserError, match="mid_block.resnets.0.conv1.weight is"):
         r.chapter_prior(r.Run(tmp_path / "bad", cfg), pairs)
 
@@ -399,7 +399,7 @@ def test_an_autoencoders_file_gives_the_vae(tmp_path, in_project):
         norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4)).eval()
     file, state = tmp_path / "vae.safetensors", theirs.state_dict()
-    r.save_file(state, file)
+    save_file(state, file)
     cfg = dataclasses.replace(MICRO, vae_weights=str(file), vae_widths=(8, 8, 12, 16),
                               vae_blocks=2, vae_skip=False, latent_channels=12)
     pairs = r.Pairs(cfg)
@@ -410,7 +410,7 @@ def test_an_autoencoders_file_gives_the_vae(tmp_path, in_project):
         close(vae.encode(hq), z / z.std(), 1e-4)
         close(vae.decode(vae.encode(hq)), theirs.decode(z).sample, 1e-4)
     del state["decoder.conv_out.bias"]
-    r.save_file(state, file)
+    save_file(state, file)
     with pytest.raises(r.UserError, match="decoder.conv_out.bias is not there"):
         r.chapter_end(r.Run(tmp_path / "bad", cfg), pairs)
 
@@ -892,9 +892,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
                               timeout=280)
         assert done.returncode == 0, done.stderr[-2000:]
     for stage in STAGES:
-        two, one = (r.load_file(tmp_path / name / f"{stage}.safetensors")
+        two, one = (load_file(tmp_path / name / f"{stage}.safetensors")
                     for name in ("two", "one"))
-        start = r.load_file(tmp_path / "one" / f"{stage}-start.safetensors")
+        start = load_file(tmp_path / "one" / f"{stage}-start.safetensors")
         assert two.keys() == one.keys()
         for key in one:
             close(two[key], one[key], 1e-5)
@@ -1068,7 +1068,7 @@ def test_a_chapter_stores_what_is_its_own_and_loads_the_same_model(tmp_path,
     for name in ("gendr", "adc"):
         kept = g.chapter(run, name, lambda: g.build(name, m, MICRO, pairs.some(4)),
                          wake, list(m.values()))
-        state = r.load_file(run.folder / f"{name}.safetensors")
+        state = load_file(run.folder / f"{name}.safetensors")
         assert not any(k.startswith(("end_in", "end_out")) for k in state)   # the VAE
         again = g.chapter(run, name, lambda: g.build(name, m, MICRO), None,
                           list(m.values()))
@@ -1521,34 +1521,26 @@ def test_ablation_trains_every_row_and_goes_on_where_it_stopped(tmp_path, in_pro
                               scale=4)]
     lpips = r.Perceptual("alex")
     monkeypatch.setattr(r.Run, "lock", lambda self: None)    # parts twice in a process
-    table = g.ablate(run, m, pairs, held, lpips, 1, only="Pix", seeds=2)
-    names = {name for name in g.ablation_rows(1, 32) if "Pix" in name}
-    assert names | {f"{g.PIX}, {k}" for k in g.PASSES} == {
-        k for k, v in table.items() if len(v) == 2}
-    plain, start = table[g.PIX], table["Pix: plain, untrained"]
-    for name in names - {g.PIX}:                             # every change does change
-        assert table[name][0]["psnr"] != plain[0]["psnr"], name
-    assert plain[0]["psnr"] != plain[1]["psnr"] and "seen" in plain[0]
-    assert start[0]["teacher"] < table["Pix: least squares, untrained"][0]["teacher"]
+    two = g.ablate(run, m, pairs, held, lpips, 1, only=g.PIX, seeds=2)
+    assert {g.PIX} | {f"{g.PIX}, {k}" for k in g.PASSES} == {
+        k for k, v in two.items() if len(v) == 2}
+    assert two[g.PIX][0]["psnr"] != two[g.PIX][1]["psnr"] and "seen" in two[g.PIX][0]
     assert np.array(Image.open(run.folder / "lattice.png").convert("L")).std() > 20
-    monkeypatch.setattr(g, "train", None)                    # nothing is left to train
-    assert g.ablate(run, m, pairs, held, lpips, 1, only="Pix", seeds=2)[
-        g.PIX] == plain
-    monkeypatch.undo()
-    no_backbone(monkeypatch)
-    monkeypatch.setattr(r.Run, "lock", lambda self: None)
-    m = {name: m[name] for name in g.CHAPTERS}
-    rows = g.ablate(run, m, pairs, held, lpips, 1, only="A", seeds=1)     # chapter 2
-    assert "guided LoRA" in rows and "SiD" not in rows
-    rows = g.ablate(run, m, pairs, held, lpips, 1, only="end", seeds=1)
-    assert {"ends one after the other", "both ends at once"} <= set(rows)
     assert not (run.folder / "ablation.md").exists()         # of all rows alone
     monkeypatch.setattr(g, "benchmark", lambda models, size: {"size": size})
-    table = g.ablate(run, m, pairs, held, lpips, 1, seeds=1)
+    table, names = g.ablate(run, m, pairs, held, lpips, 1, seeds=1), g.ablation_rows(
+        1, 32)
+    assert table[g.PIX] == two[g.PIX][:1]                    # not trained again
+    for name in (name for name in names if name.startswith("Pix: ") and name != g.PIX):
+        assert table[name][0]["psnr"] != table[g.PIX][0]["psnr"], name
+    assert table["Pix: plain, untrained"][0]["teacher"] < table[
+        "Pix: least squares, untrained"][0]["teacher"]
     text = (run.folder / "ablation.md").read_text()
-    assert all(f"| {name} " in text for name in g.ablation_rows(1, 32))
+    assert all(f"| {name} " in text for name in names)
     assert json.loads((run.folder / "ablation.json").read_text())["rows"].keys() == \
         table.keys()
+    monkeypatch.setattr(g, "train", None)                    # nothing is left to train
+    assert g.ablate(run, m, pairs, held, lpips, 1, seeds=1)[g.PIX] == table[g.PIX]
 
 
 def test_repeated_weights_keep_the_size_of_a_convolution():
@@ -1839,7 +1831,7 @@ def killed_and_resumed(folder, kills, dice):
         run = subprocess.Popen([*map(str, words)], cwd=HERE, env=env,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            run.wait(dice.uniform(3, 16))
+            run.wait(dice.uniform(3, 13))
         except subprocess.TimeoutExpired:
             run.kill()                                       # SIGKILL
             run.wait()
@@ -1851,7 +1843,7 @@ def killed_and_resumed(folder, kills, dice):
 def test_a_run_killed_and_resumed_ends_with_the_same_weights(finished, tmp_path):
     whole = weights(finished[0])
     assert len(whole) == len(g.CHAPTERS)
-    assert killed_and_resumed(tmp_path / "run", 2, random.Random(0)) == whole
+    assert killed_and_resumed(tmp_path / "run", 1, random.Random(0)) == whole
 
 
 def test_the_scripts_keep_their_shape():
@@ -1913,15 +1905,13 @@ def test_importing_does_nothing_visible(tmp_path):
     assert done.returncode == 0 and done.stdout == "" and not list(tmp_path.iterdir())
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:]:      # for the test of two processes
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         torch.distributed.init_process_group("gloo")
     train_every_stage(sys.argv[1], int(sys.argv[2]))
     if r.rank_and_size()[1] > 1:
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":               # by hand: 20 kills, about 6 minutes
+elif __name__ == "__main__":             # by hand: 20 kills, about 6 minutes
     with tempfile.TemporaryDirectory() as folder:
         assert killed_and_resumed(f"{folder}/a", 0, None) == killed_and_resumed(
             f"{folder}/b", 20, random.Random())
