@@ -1301,8 +1301,8 @@ def ablate(run, m, pairs, held, lpips, steps, only="", seeds=3):
     text = print_table(f"{steps} steps, {seeds} seeds; {lpips.name}", {
         k: spread(v, ABLATION) for k, v in found.items()}, ABLATION)
     if not only:
-        bench = {size: benchmark({k: m[k] for k in NAMES}, size) for size in
-                 (256, 512, 1024)}
+        bench = {size: {"time": benchmark({k: m[k] for k in NAMES}, size),
+                        "macs": counts(cfg, size)} for size in (256, 512, 1024)}
         write_file(run.folder / "ablation.md", text)
         write_file(run.folder / "ablation.json", json.dumps({
             "rows": found, "benchmark": bench}, indent=1).replace("Infinity", "null"))
