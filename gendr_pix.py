@@ -9,7 +9,7 @@ of chapters 3 and 4; the prior teaches GenDR, and GenDR the last two.
 Papers: GenDR-Pix, arXiv 2602.10630; GenDR, 2503.06790; S3Diff, 2409.17058;
         ResShift, 2307.12348; SiD (score identity distillation), 2404.04057.
 
-    python gendr_pix.py --train --tiny              all chapters; 15 minutes, 2 cores
+    python gendr_pix.py --train --tiny              all chapters; 13 minutes, 2 cores
     python gendr_pix.py --tiny --input lq.png --output up.png
     python gendr_pix.py --tiny --eval               the table once more
     python gendr_pix.py --exact                     chapter 0 once more, seconds
