@@ -345,7 +345,7 @@ def gendr_from_prior(prior, vae, cfg):
 @torch.no_grad()
 def new_conv(old, in_channels=None, out_channels=None, repeated=False):
     """A 3x3 convolution in place of `old`, with other channels, at torch's start, or
-    with old's weights, repeated until they fill it, divided where inputs repeat."""
+    (repeated; not in the paper) old's weights until they fill it, shared by inputs."""
     i, o = in_channels or old.in_channels, out_channels or old.out_channels
     conv = nn.Conv2d(i, o, 3, padding=1).to(old.weight.device)
     if repeated:
