@@ -36,15 +36,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
-
+# Before torch: for --help resshift.py puts something light in its place.
 from resshift import (
     NEGATIVE, POSITIVE, QUALITY, TABLE, VAE, Pairs, Perceptual, PixelShuffle, Prompts,
     ResShift, ResidualShift, Run, UserError, autocast, chapter, chapter_end,
@@ -54,6 +46,15 @@ from resshift import (
     open_picture, pad_to, picture_files, print_table, psnr, quiet, rank_and_size,
     sample, spectral_distance, spectrum, spread, to_pil, to_unit, train, upsample,
     write_file)
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 # ---- 1. The degradation's scores (read) -- S3Diff, Sec. 3.2 --------------------------
 class DegradationEstimator(nn.Module):
@@ -717,12 +718,15 @@ def restore(restorer, estimator, lq, scale=4, passes=1, weight=1.07, tile=0,
         return y[:, :, :piece.shape[2], :piece.shape[3]].float()
     x = upsample(lq, scale)
     with folded(restorer, estimator(lq) if scores is None else scores):
-        return (tiled(run, x, tile) if tile else run(x)).clamp(-1, 1)
+        return tiled(run, x, tile).clamp(-1, 1)
 
 
 def tiled(run, x, tile, overlap=64):
     """run() on overlapping squares of x, cross-faded with a linear ramp, that leaves
-    out the 16 pixels next to an inner border: they have seen less of the picture."""
+    out the 16 pixels next to an inner border: they have seen less of the picture.
+    tile 0: in one piece."""
+    if not tile:
+        return run(x)
     total, weights = torch.zeros_like(x), torch.zeros_like(x[:, :1])
     starts = [range(0, max(n - overlap, 1), tile - overlap) for n in x.shape[2:]]
     for top in starts[0]:
@@ -863,8 +867,8 @@ def exact_generator(name, world, y0, rng, steps=400, batch=512):
             z_t = chain.q_sample(z_g, y, t, noise_like(z_g, rng))
             real, fake = world.denoise(y, chain, z_t, t), z_g.detach()
             w = 1 / (z_g - real).detach().abs().mean(1, keepdim=True).clamp(min=1e-6)
-            loss = regression * loss + (cid_loss(x0, real, real, fake, w) if score is
-                                        cid_loss else score(z_g, real, fake, w))
+            given = (x0, real) if score is cid_loss else (z_g,)
+            loss = regression * loss + score(*given, real, fake, w)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -875,9 +879,8 @@ def exact_generator(name, world, y0, rng, steps=400, batch=512):
 
 def exact():
     """--exact: where each loss puts the points of a one-step generator."""
-    rows = {name: partial(exact_generator, name) for name in EXACT_ROWS}
-    exact_table("one step, 3 seeds", rows, "one_step.png",
-                [name for name in rows if name != "SiD, t <= 5"],
+    exact_table("one step, 3 seeds", {name: partial(exact_generator, name) for name in
+                                      EXACT_ROWS}, "one_step.png",
                 {"first": ("loss, first 50", ".2f"), "last": ("last 50", ".2f")})
     print("""
 Regression finds the mean, off the curve.  VSD at small t draws it to the curve for a
@@ -1427,6 +1430,8 @@ def restore_files(args):
                 f"{output}: no such folder":
                     not source.is_dir() and not output.parent.is_dir(),
                 f"{output}: is the input": output.resolve() == file.resolve(),
+                f"{target}: inside {source}":
+                    source.resolve() in target.resolve().parents,
                 f"{output}: a folder, not a file": output.is_dir(),
                 f"{output}: exists; --force overwrites it":
                     output.exists() and "force" not in args}.items():
@@ -1458,7 +1463,7 @@ def restorer_of(args):
     """What --input asks for, as a function lq -> picture; the run's weights loaded."""
     name, scores = args.get("model", "pix"), args.get("degradation")
     passes = args.get("passes", 2 if "guidance" in args else 1)
-    unread = {"resshift": {"passes", "guidance", "tile", "degradation"}}.get(
+    unread = {"resshift": {"passes", "guidance", "degradation"}}.get(
         name, {"guidance"} if passes == 1 else set()) & set(args)
     for fault, wrong in {
             "--degradation takes two numbers in [0, 1]":
@@ -1473,13 +1478,16 @@ def restorer_of(args):
             raise UserError(fault)
     run = Run(args["run"])
     scale = args.get("scale", run.cfg.scale)
-    if name == "resshift":
-        return partial(sample, chapter_prior(run), chapter_end(run), scale=scale)
+
+    def side(lq):
+        return args.get("tile", TILE * (lq[0, 0].numel() * scale ** 2 > 4 * TILE ** 2))
+    if name == "resshift":               # of a tile already upsampled: scale 1
+        chain = partial(sample, chapter_prior(run), chapter_end(run), scale=1)
+        return lambda lq: tiled(chain, upsample(lq, scale), side(lq))
     m = all_chapters(run)
     return lambda lq: restore(
         m[name], m["estimator"], lq, scale, passes,
-        args.get("guidance", run.cfg.guidance), args.get("tile", TILE * (
-            lq[0, 0].numel() * scale ** 2 > 4 * TILE ** 2)),
+        args.get("guidance", run.cfg.guidance), side(lq),
         scores and torch.tensor([scores]).to(device()))
 
 
@@ -1530,6 +1538,8 @@ def main():
     started, (command, args) = time.time(), command_of(__doc__, COMMANDS, FLAGS)
     if args.get("size", 16) % 8 or args.get("size", 16) < 16:
         raise UserError("--size takes a multiple of 8, 16 or more")
+    if {"size", "data"} <= set(args):
+        raise UserError("--eval --data measures no time: it does not use --size")
     if args.get("ablate_steps", 1) < 1:
         raise UserError("--ablate-steps takes 1 or more")
     if command == "exact":

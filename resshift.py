@@ -33,6 +33,15 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+if {"-h", "--help"} & set(sys.argv) and Path(sys.argv[0]).stem in (
+        "resshift", "gendr_pix"):        # help needs no torch, and not its two seconds
+    sys.modules.update(dict.fromkeys(("torch", "safetensors.torch", *(
+        f"torch.{name}" for name in ("nn", "nn.functional", "utils", "utils.data",
+                                     "utils.checkpoint", "utils.flop_counter",
+                                     "utils._pytree", "utils._python_dispatch"))),
+        MagicMock()))
 
 import numpy as np
 import safetensors.torch
@@ -236,10 +245,9 @@ class ExactWorld:
     def denoise(self, y0, chain=None, x_t=None, t=None):
         """E[x0 | x_t, y0], without a chain E[x0 | y0]: what a network could do at best.
 
-        Each pixel is seen, with precision p, at the centre of its component k, in y0
-        (the mean alone), and in (x_t - shift) / gain: `q_sample` is affine, so that
-        zeros and ones read off shift, gain and std.  Products of Gaussians:
-        mean_k = sum p v / sum p,  weight_k ~ exp( -sum p (v - mean_k)^2 / 2 ).
+        Each pixel is seen with a precision p three times: at the centre of component k,
+        in y0, and in (x_t - shift) / gain, read off the affine `q_sample`.  Gaussians'
+        products: mean_k = sum p v / sum p, weight_k ~ exp( -sum p (v - mean_k)^2 / 2 ).
         """
         seen = [(self.centres, torch.tensor(self.STD ** -2)),
                 (y0.view(-1, 1, 2), self.SEEN / self.NOISE ** 2)]
@@ -255,8 +263,8 @@ class ExactWorld:
 
 
 class FromNoise(ResidualShift):
-    """The opponent: a conventional chain (DDPM, 2006.11239), with the same `sample`;
-    a_t = prod(1 - beta) at T of 1000 times of LDM's schedule (2112.10752)."""
+    """The opponent: DDPM (2006.11239) with x_T ~ N(0, I) and the same `sample`;
+    a_t = prod(1 - beta) at T of the 1000 times of LDM's schedule (2112.10752)."""
 
     def __init__(self, steps):
         beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64)
@@ -269,14 +277,13 @@ class FromNoise(ResidualShift):
         return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
     def posterior(self, x_t, x0, t):
-        """DDPM Eqs. 6-7, with a = a_t, b = a_(t-1): mean = (sqrt(b) (1 - a/b) x0 +
-        sqrt(a/b) (1 - b) x_t) / (1 - a), variance = (1 - b)/(1 - a) (1 - a/b)."""
+        """DDPM Eqs. 6-7, a = a_t, b = a_(t-1): mean = sqrt(b) x0 + k (x_t - sqrt(a) x0)
+        with k = sqrt(a/b) (1 - b)/(1 - a);  variance = (1 - b)/(1 - a) (1 - a/b)."""
         a, b = self.at(self.a, t, x_t), self.at(self.a, t - 1, x_t)
-        mean = b.sqrt() * (1 - a / b) * x0 + (a / b).sqrt() * (1 - b) * x_t
-        return mean / (1 - a), (1 - b) / (1 - a) * (1 - a / b)
+        k, variance = (a / b).sqrt() * (1 - b) / (1 - a), (1 - b) / (1 - a) * (1 - a / b)
+        return b.sqrt() * x0 + k * (x_t - a.sqrt() * x0), variance
 
     def prior_sample(self, y0, noise):
-        """x_T ~ N(0, I)."""
         return noise
 
 
@@ -291,57 +298,52 @@ def exact_measures(world, x, x0, y0):
         "energy": 1000 * (energy.sum() - energy.trace()).item() / (n * (n - 1))}
 
 
-def exact_table(title, rows, file, panels, columns=(), seeds=3, count=2000):
-    """A table of rows {name: function(world, y0, rng) -> (points x_T .. x_0, numbers)},
-    and a figure: x_0 of the rows in `panels`, 12 paths of "paths of NAME", all rows."""
+def exact_table(title, rows, file, columns=(), seeds=3, count=2000):
+    """A table, and a figure with a panel of each, of rows {name: function(world, y0,
+    rng) -> (points x_T .. x_0, numbers)}: the points x_0, and the paths of five."""
     from matplotlib.figure import Figure
-    figure, world = Figure((18, 9), 80, layout="constrained"), ExactWorld()
-    found, axes = {name: [] for name in rows}, figure.subplots(2, 4).flatten()
-    for name, seed in ((name, seed) for name in rows for seed in range(seeds)):
-        rng = torch.Generator().manual_seed(seed)
-        x0, y0 = world.draw(count, rng)
-        points, numbers = rows[name](world, y0, rng)
-        found[name].append(exact_measures(world, points[-1], x0, y0) | numbers)
-        for axis, panel in zip(axes, panels if seed == 0 else ()):
-            if panel == name:
-                axis.plot(*points[-1][:600].flatten(1).T, ".", ms=3)
-            elif panel == f"paths of {name}":
-                path = torch.stack(points)[:, :12].flatten(2)
-                axis.plot(*path.permute(2, 0, 1), ".-")
-            axis.plot(*world.centres.T, "k+")
-            axis.set(title=panel, xlabel="mean", ylabel="detail")
+    world, found, side = ExactWorld(), {}, math.isqrt(len(rows)) + 1
+    figure = Figure((4.5 * side, 4 * side), 70, layout="constrained")
+    axes = figure.subplots(side, side).flatten()
+    for i, (name, row) in enumerate(rows.items()):
+        for seed in reversed(range(seeds)):
+            rng = torch.Generator().manual_seed(seed)
+            x0, y0 = world.draw(count, rng)
+            points, numbers = row(world, y0, rng)
+            measured = exact_measures(world, points[-1], x0, y0) | numbers
+            found.setdefault(name, []).append(measured)
+        axes[i].plot(*points[-1][:600].flatten(1).T, ".", ms=3)
+        axes[i].plot(*torch.stack(points)[:, :5].flatten(2).permute(2, 0, 1), lw=0.8)
+        axes[i].plot(*world.centres.T, "k+")
+        axes[i].set(title=name, xlabel="mean", ylabel="detail", xlim=(-2.2, 2.2),
+                    ylim=(-2.2, 2.2))
+        axes[-1].semilogy(measured["mse"], measured["distance"], "os^D"[i // 4],
+                          label=name)
+    axes[-1].set(xlabel="MSE to x0 (fidelity)", ylabel="distance (realism)")
+    axes[-1].legend(fontsize=7)
+    write_file(file, lambda path: figure.savefig(path, format="png"))
     columns = {"mse": ("MSE to x0", ".2f"), "distance": ("distance", ".3f"),
                "energy": ("energy", ".1f"), **dict(columns)}
     print_table(title, {k: spread(v, columns) for k, v in found.items()}, columns)
-    for i, (name, row) in enumerate(found.items()):
-        axes[-1].semilogy(row[0]["mse"], row[0]["distance"], "os^D"[i // 4], label=name)
-    axes[-1].set(xlabel="MSE to x0 (fidelity)", ylabel="distance (realism)",
-                 title="seed 0")
-    axes[-1].legend(fontsize=7)
-    write_file(file, lambda path: figure.savefig(path, format="png"))
 
 
 def exact():
     """--exact: what chapter 1 claims, in the exact world."""
-    def sampler(chain):
-        def row(world, y0, rng):
-            path = []
+    def row(chain, world, y0, rng):
+        path = []
 
-            def model(x, y, t):
-                path.append(x)
-                return world.denoise(y, chain, x, t)
-            path.append(chain.sample(model, y0, rng) if chain else world.denoise(y0))
-            return path, {}
-        return row
-    chains = {"the exact mean": None,
-              **{f"ResShift, T = {n}": ResidualShift(n) for n in (4, 8, 15, 30)},
-              **{f"from noise, T = {n}": FromNoise(n) for n in (4, 8, 15, 30)},
-              **{f"kappa = {k:g}": ResidualShift(15, k) for k in (0.5, 8, 32)},
-              **{f"p = {p:g}": ResidualShift(15, power=p) for p in (0.1, 0.8, 2)}}
-    exact_table("chapter 0, 3 seeds", {k: sampler(c) for k, c in chains.items()},
-                "exact.png", ("the exact mean", "ResShift, T = 4", "ResShift, T = 15",
-                              "paths of ResShift, T = 15", "from noise, T = 4",
-                              "from noise, T = 15", "paths of from noise, T = 15"))
+        def model(x, y, t):
+            path.append(x)
+            return world.denoise(y, chain, x, t)
+        path.append(chain.sample(model, y0, rng) if chain else world.denoise(y0))
+        return path, {}
+    exact_table("chapter 0, 3 seeds", {name: partial(row, chain) for name, chain in {
+        "the exact mean": None,
+        **{f"ResShift, T = {n}": ResidualShift(n) for n in (4, 8, 15, 30)},
+        **{f"from noise, T = {n}": FromNoise(n) for n in (4, 8, 15, 30)},
+        **{f"kappa = {k:g}": ResidualShift(15, k) for k in (0.5, 8, 32)},
+        **{f"p = {p:g}": ResidualShift(15, power=p) for p in (0.1, 0.8, 2)}}.items()},
+        "exact.png")
     print("""
 The mean has the least error there is, and lies off the curve: that is what blur is.
 A faithful sample has about twice the mean's error, and lies on the curve.
@@ -1501,8 +1503,12 @@ def held_out(cfg, folder=None):
     """
     folder, held, s = Path(folder or cfg.val_data), [], 8 * cfg.scale
     real = (folder / "lq").is_dir()
-    files, other = ({str(f.relative_to(root).with_suffix("")): f for f in picture_files(
-        root)} for root in ((folder / "hq", folder / "lq") if real else 2 * [folder]))
+    roots = (folder / "hq", folder / "lq") if real else (folder, folder)
+    found = [picture_files(root) for root in roots]
+    files, other = ({str(f.relative_to(root).with_suffix("")): f for f in some}
+                    for root, some in zip(roots, found))
+    if len(files) + len(other) < sum(map(len, found)):
+        raise UserError(f"{folder}: two pictures of one name")
     if files.keys() != other.keys():
         odd = ", ".join(sorted(files.keys() ^ other.keys()))
         raise UserError(f"{folder}: in lq/ or in hq/ alone: {odd}")
@@ -1713,8 +1719,10 @@ def command_of(doc, commands, flags):
     command = next((c for c in commands if c in args), None)
     if command is None:
         refuse("nothing to do: " + ", ".join(map(flag_of, commands)))
-    free = {"device", "tiny", "full"} if commands[command][1] else set()
-    unused = set(args) - {command, *free, *commands[command][1]}
+    reads = commands[command][1]         # a preset gives numbers, or names the run
+    named = "run" in args and "seed" not in reads
+    free = {"device", *(() if named else ("tiny", "full"))} if reads else set()
+    unused = set(args) - {command, *free, *reads}
     if unused:
         refuse(f"--{command} does not use " + ", ".join(map(flag_of, sorted(unused))))
     os.environ |= {"CUDA_VISIBLE_DEVICES": ""} if args.get("device") == "cpu" else {}
@@ -1753,6 +1761,7 @@ def config_from(args):
             cfg.crop % (8 * max(cfg.scale, 1)) == 0,
         "vae_crop is a multiple of 8, at most crop":
             cfg.vae_crop <= cfg.crop and cfg.vae_crop % 8 == 0,
+        "repeated needs --no-least-squares": not (cfg.repeated and cfg.least_squares),
         "vae_weights need --no-vae-skip": not (cfg.vae_weights and cfg.vae_skip),
         **{f"{file}: no such file": not file or Path(file).is_file() for file in
            (cfg.unet_weights, cfg.vae_weights)}}
