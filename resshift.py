@@ -280,8 +280,9 @@ class FromNoise(ResidualShift):
         """DDPM Eqs. 6-7, a = a_t, b = a_(t-1): mean = sqrt(b) x0 + k (x_t - sqrt(a) x0)
         with k = sqrt(a/b) (1 - b)/(1 - a);  variance = (1 - b)/(1 - a) (1 - a/b)."""
         a, b = self.at(self.a, t, x_t), self.at(self.a, t - 1, x_t)
-        k, variance = (a / b).sqrt() * (1 - b) / (1 - a), (1 - b) / (1 - a) * (1 - a / b)
-        return b.sqrt() * x0 + k * (x_t - a.sqrt() * x0), variance
+        share = (1 - b) / (1 - a)
+        mean = b.sqrt() * x0 + (a / b).sqrt() * share * (x_t - a.sqrt() * x0)
+        return mean, share * (1 - a / b)
 
     def prior_sample(self, y0, noise):
         return noise
@@ -1698,8 +1699,8 @@ def command_of(doc, commands, flags):
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.error, size = refuse, parser.add_mutually_exclusive_group()
-    size.add_argument("--tiny", action="store_true", help="preset: a CPU, minutes")
-    size.add_argument("--full", action="store_true", help="preset: SD 2.1's size")
+    for name, how in {"tiny": "a CPU, minutes", "full": "SD 2.1's size"}.items():
+        size.add_argument(flag_of(name), action="store_true", help=f"preset: {how}")
     parser.add_argument("--run", help="folder of the run, runs/PRESET if left out")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="a GPU if left out")
     for title, names in (("what to do", {k: how for k, (how, _) in commands.items()}),
@@ -1716,20 +1717,18 @@ def command_of(doc, commands, flags):
         numbers.add_argument(flag_of(name), help=str(value), **how)
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in
             vars(parser.parse_args()).items()}
-    command = next((c for c in commands if c in args), None)
-    if command is None:
+    if not (command := next((c for c in commands if c in args), None)):
         refuse("nothing to do: " + ", ".join(map(flag_of, commands)))
     reads = commands[command][1]         # a preset gives numbers, or names the run
-    named = "run" in args and "seed" not in reads
-    free = {"device", *(() if named else ("tiny", "full"))} if reads else set()
-    unused = set(args) - {command, *free, *reads}
+    free = {"device", *("seed" in reads or "run" not in args) * ("tiny", "full")}
+    unused = set(args) - {command, *reads, *(free if reads else ())}
     if unused:
         refuse(f"--{command} does not use " + ", ".join(map(flag_of, sorted(unused))))
     os.environ |= {"CUDA_VISIBLE_DEVICES": ""} if args.get("device") == "cpu" else {}
     if args.get("device") == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: there is none")
-    args["preset"] = next((n for n in ("tiny", "full") if n in args), "small")
-    return command, {"run": f"runs/{args['preset']}", **args}
+    name = next((n for n in ("tiny", "full") if n in args), "small")
+    return command, {"run": f"runs/{name}", "preset": name, **args}
 
 
 def config_from(args):

@@ -12,6 +12,7 @@ import pickle
 import random
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -1945,6 +1946,71 @@ def test_the_readme_is_short_and_names_what_exists():
         for flag in re.findall(r"--([a-z-]+)", flags):
             key = flag.replace("-", "_")
             assert key in {*r.TABLE, *g.COMMANDS, *g.FLAGS, "tiny", "full", "run"}, flag
+
+
+def readme_commands():
+    """Every command line in the README's code, without `pip install ... &&`."""
+    code = re.findall(r"`([^`\n]+)`|^    (.*)$", (HERE / "README.md").read_text(), re.M)
+    lines = {("".join(two)).partition("#")[0].split("&& ")[-1].strip() for two in code}
+    flags = "|".join(g.COMMANDS)
+    return sorted({re.sub("^--", "python gendr_pix.py --", re.sub(
+        r"^(?=\w+\.py)", "python ", line)) for line in lines if re.search(
+            rf"--({flags})\b|^python ", line)})
+
+
+CI = {"python gendr_pix.py --train --tiny", "python -m pytest -q"}      # in .ci/run
+HAND = "python test_gendr_pix.py"        # 20 kills; the suite has one
+
+
+def test_every_command_of_the_readme_runs(finished, tmp_path, monkeypatch, capsys):
+    """In an empty folder beside a finished run; steps, networks and pictures are cut."""
+    lines = readme_commands()
+    assert CI <= set(lines) and HAND in lines and len(lines) > 12
+    assert all(line in (HERE / ".ci/run").read_text() for line in CI)
+    shutil.copytree(finished[0], tmp_path / "runs/tiny")
+    (tmp_path / "tiny_data").symlink_to(HERE / "tiny_data")
+    (tmp_path / "photos").mkdir()
+    cat = Image.open(HERE / "tiny_data/val/other/cat.png").resize((24, 20))
+    for file in ("photo.jpg", "photos/a.png", "photos/b.jpg"):
+        cat.convert("RGB").save(tmp_path / file)
+    shutil.copytree(HERE / "tiny_data/val/other", tmp_path / "DIR")
+    shutil.copytree(HERE / "tiny_data/val/other", tmp_path / "DIR2")
+    monkeypatch.chdir(tmp_path)
+    no_backbone(monkeypatch)
+    monkeypatch.setattr(g.exact_generator, "__defaults__", (2, 8))
+    monkeypatch.setattr(r.exact_table, "__defaults__", ((), 1, 50))
+    monkeypatch.setattr(g.ablate, "__defaults__", ("", 1))   # one seed
+    monkeypatch.setattr(r.Run, "lock", lambda self: None)    # parts twice in a process
+    less = [w for w in map(str, CUT) if w not in ("--train", "--tiny")]
+    size = less.index("--size")
+    chain = less[:size] + less[size + 2:] + ["--prior-steps", "1"]
+    for line in set(lines) - CI - {HAND}:
+        words = shlex.split(line)
+        script = words.index(next(w for w in words if w.endswith(".py")))
+        name, words = words[script], words[script + 1:]
+        if "--train" in words:           # the README's own flags come last, and win
+            words = (less if name == "gendr_pix.py" else chain) + words
+        if "--val-data" in line:
+            words += ["--workers", "0", "--run", "runs/own", "--lpips-net", "alex"]
+        if "--eval" in words:
+            words += ["--size", "64"]
+        if "--ablate" in words:
+            words += ["--ablate-steps", "1", *(() if "--row" in words else (
+                "--row", "no critic"))]
+        with monkeypatch.context() as patch, torch.device(
+                "meta" if "--bench" in words else "cpu"):
+            if "--full" in words:        # counted whole; neither timed nor trained
+                patch.setattr(g, "benchmark", lambda *_: {})
+                patch.setattr(g, "all_chapters", lambda *_: sys.exit(0))
+            code, out, error = here(patch, capsys, *words, main={
+                "gendr_pix.py": g.main, "resshift.py": r.main}[name])
+        told = code == 1 and out.splitlines()[-1].startswith("FAIL")
+        assert code == 0 or told, (line, error)
+    assert Image.open("up.png").size == (96, 80)
+    assert Image.open("restored/b.jpg").size == (48, 40)
+    for file in ("exact.png", "one_step.png", "runs/own/pix.safetensors",
+                 "runs/pixel/resshift.safetensors"):
+        assert Path(file).is_file(), file
 
 
 def test_importing_does_nothing_visible(tmp_path):
