@@ -687,13 +687,13 @@ def pad_cfg(restorer, x, weight, scores=None, passes=2, shift=1):
     return mixed
 
 
-def guided(restorer, x, weight, scores=None, passes=2):
+def guided(restorer, x, weight, scores=None, passes=2, shift=1):
     """out = neg + w (pos - neg): two passes; PadCFG where the output end is pixels.
 
     With a VAE behind it the U-Net's latents are mixed (S3Diff), and decoded once.
     """
     if isinstance(restorer.end_out, PixelShuffle):
-        return pad_cfg(restorer, x, weight, scores, passes)
+        return pad_cfg(restorer, x, weight, scores, passes, shift)
     restorer.guide(scores)
     h = restorer.end_in.encode(x)
     negative = restorer.step(h, NEGATIVE)
@@ -702,19 +702,19 @@ def guided(restorer, x, weight, scores=None, passes=2):
 
 @torch.no_grad()
 def restore(restorer, estimator, lq, scale=4, passes=1, weight=1.07, tile=0,
-            scores=None):
+            scores=None, shift=1):
     """lq (1, 3, h, w) in [-1, 1] -> (1, 3, s h, s w): what a user calls.
 
     Estimate the scores on lq itself, upsample, fold the LoRA for this image, then run
-    one pass, or with this weight of the guidance two (or 4 or 8: `pad_cfg`).  tile:
-    side of the squares that are restored one by one, in output pixels and with 64 of
-    overlap; 0 restores in one piece.
+    one pass, or with this weight of the guidance two (or 4 or 8, and with `shift`, as
+    `pad_cfg` has it).  tile: side of the squares that are restored one by one, in
+    output pixels and with 64 of overlap; 0 restores in one piece.
     """
     def run(piece):                      # `rand_pad` reflects: 16 pixels or more
         full = pad_to(piece, 8 if min(piece.shape[2:]) > 8 else 16)
         with autocast(restorer.unet.cfg):
-            y = restorer(full) if passes == 1 else guided(restorer, full, weight,
-                                                          passes=passes)
+            y = restorer(full) if passes == 1 else guided(
+                restorer, full, weight, passes=passes, shift=shift)
         return y[:, :, :piece.shape[2], :piece.shape[3]].float()
     x = upsample(lq, scale)
     with folded(restorer, estimator(lq) if scores is None else scores):
@@ -798,8 +798,8 @@ def all_chapters(run, pairs=None, lpips=None, held=()):
     chapter is watched by measures on every other held-out picture, one draw of each.
     """
     def watch(model, *_):
-        row = evaluate({"": lambda p: restore(model, m["estimator"], p.lq, p.scale)},
-                       [p for p in held if p.draw == 0][::2], lpips)[""]
+        row = evaluate({"": restored(model, m)}, [
+            p for p in held if p.draw == 0][::2], lpips)[""]
         return {f"val {k}": row[k] for k in ("psnr", "lpips", "spectral", "lattice")}
     m = {"vae": chapter_end(run, pairs), "resshift": chapter_prior(run, pairs)}
     for name in CHAPTERS[2:]:
@@ -821,21 +821,25 @@ def add_teachers(pairs, m, cfg):
     pairs.add("y_tea", y, keep=False)
 
 
+def restored(model, m, **how):
+    """A method for `evaluate`: `restore` on a held-out pair's LQ."""
+    return lambda p: restore(model, m["estimator"], p.lq, p.scale, **how)
+
+
 def methods_of(m, guidance):
     """{name: function of a held-out pair -> picture}: every row of the first table."""
     def autoencode(p):
         y = m["vae"].decode(m["vae"].encode(pad_to(p.hq, 8)))
         return y[:, :, :p.hq.shape[2], :p.hq.shape[3]]
 
-    def one(model, *passes):
-        return lambda p: restore(model, m["estimator"], p.lq, p.scale, *passes)
+    two = dict(passes=2, weight=guidance)
     return {"HQ": lambda p: p.hq, "VAE": autoencode,
             "bicubic": lambda p: upsample(p.lq, p.scale),
-            "regression": one(m["regression"]),
+            "regression": restored(m["regression"], m),
             "ResShift": lambda p: sample(m["resshift"], m["vae"], p.lq, p.scale),
-            **{label: one(m[name]) for name, label in NAMES.items()},
-            "GenDR guided": one(m["gendr"], 2, guidance),
-            "GenDR-Pix PadCFG": one(m["pix"], 2, guidance)}
+            **{label: restored(m[name], m) for name, label in NAMES.items()},
+            "GenDR guided": restored(m["gendr"], m, **two),
+            "GenDR-Pix PadCFG": restored(m["pix"], m, **two)}
 
 
 # ---- 9. One step in the exact world (read) -- chapter 0 once more --------------------
@@ -1053,66 +1057,62 @@ def spearman(a, b):
 
 
 def checks(t, bench, errors):
-    """{claim: (measured, unit, floor, bar)}; a limit ("<", x) or (">", x), or None.
+    """{claim: (measured, unit, "<" or ">", floor, bar)}; None asks for nothing.
 
     Floors are what PASS stands for, bars what we aim at (the papers' claims).  t:
     `evaluate`'s table.  GenDR-Pix prints 2.8x and 60 % for PadCFG against GenDR, which
     is guided too; here both are asked like for like, with guidance and without.
     """
     def gain(a, b, key="psnr"):
-        return t[a][key] - t[b][key]
+        return t[a][key] - t[b][key], "dB"
 
-    def percent(a, b, key):
-        return 100 * t[a][key] / t[b][key]
+    def share(a, b, key):
+        return 100 * t[a][key] / t[b][key], "%"
     bic, reg, res, gen, adc, pix = COLUMNS
     rows = {
-        "VAE, PSNR": (t["VAE"]["psnr"], "dB", (">", 28), (">", 30)),
-        "VAE, lattice peak over HQ's": (gain("VAE", "HQ", "lattice"), "dB", None,
-                                        ("<", 1.5)),
-        "prior's error at t = T over t = 1": (errors[-1] / errors[0], "x", (">", 2),
-                                              (">", 3)),
-        "ResShift, spectral distance of bicubic's": (percent(res, bic, "spectral"), "%",
-                                                     ("<", 60), ("<", 40)),
-        "ResShift, LPIPS of bicubic's": (percent(res, bic, "lpips"), "%", ("<", 100),
-                                         ("<", 85)),
-        "ResShift, PSNR over bicubic": (gain(res, bic), "dB", None, (">", -1.5)),
-        "regression, PSNR over bicubic": (gain(reg, bic), "dB", (">", 0.3), (">", 0.5)),
-        "GenDR, spectral distance of regression's": (percent(gen, reg, "spectral"), "%",
-                                                     ("<", 100), ("<", 60)),
-        "GenDR, PSNR over ResShift": (gain(gen, res), "dB", (">", 0), (">", 0)),
-        "GenDR, LPIPS of regression's": (percent(gen, reg, "lpips"), "%", None,
-                                         ("<", 100))}
+        "VAE, PSNR": (t["VAE"]["psnr"], "dB", ">", 28, 30),
+        "VAE, lattice peak over HQ's": (*gain("VAE", "HQ", "lattice"), "<", None, 1.5),
+        "prior's error at t = T over t = 1": (errors[-1] / errors[0], "x", ">", 2, 3),
+        "ResShift, spectral distance of bicubic's": (*share(res, bic, "spectral"), "<",
+                                                     60, 40),
+        "ResShift, LPIPS of bicubic's": (*share(res, bic, "lpips"), "<", 100, 85),
+        "ResShift, PSNR over bicubic": (*gain(res, bic), ">", None, -1.5),
+        "regression, PSNR over bicubic": (*gain(reg, bic), ">", 0.3, 0.5),
+        "GenDR, spectral distance of regression's": (*share(gen, reg, "spectral"), "<",
+                                                     100, 60),
+        "GenDR, PSNR over ResShift": (*gain(gen, res), ">", 0, 0),
+        "GenDR, LPIPS of regression's": (*share(gen, reg, "lpips"), "<", None, 100)}
     for name in (adc, pix):
-        rows |= {f"{name}, PSNR over GenDR": (gain(name, gen), "dB", (">", -0.3),
-                                              (">", -0.3)),
-                 f"{name}, LPIPS of GenDR's": (percent(name, gen, "lpips"), "%", None,
-                                               ("<", 105)),
+        rows |= {f"{name}, PSNR over GenDR": (*gain(name, gen), ">", -0.3, -0.3),
+                 f"{name}, LPIPS of GenDR's": (*share(name, gen, "lpips"), "<", None,
+                                               105),
                  f"{name}, spectral distance over GenDR's": (
-                     gain(name, gen, "spectral"), "dB", None, ("<", 1))}
-    rows[f"{pix}, lattice peak over HQ's"] = (gain(pix, "HQ", "lattice"), "dB", (
-        "<", 8), ("<", 3))
-    for suffix, floor in (("", (">", 60)), (" guided", None)):
+                     *gain(name, gen, "spectral"), "<", None, 1)}
+    rows[f"{pix}, lattice peak over HQ's"] = (*gain(pix, "HQ", "lattice"), "<", 8, 3)
+    for suffix, floor in (("", 60), (" guided", None)):
         row = bench[pix + suffix]
-        rows |= {f"{pix}{suffix}, peak memory saved": (-100 * row["memory"], "%", floor,
-                                                       (">", 60)),
-                 f"{pix}{suffix}, times faster": (row["faster"], "x", None, (">", 2.8))}
+        rows |= {f"{pix}{suffix}, peak memory saved": (-100 * row["memory"], "%", ">",
+                                                       floor, 60),
+                 f"{pix}{suffix}, times faster": (row["faster"], "x", ">", None, 2.8)}
     return rows
 
 
-def reached(value, limit):
-    """Whether a limit of `checks` holds; None asks for nothing."""
-    return limit is None or (value > limit[1] if limit[0] == ">" else value < limit[1])
+def reached(value, sign, limit):
+    """Whether a floor or bar of `checks` holds."""
+    return limit is None or (value > limit if sign == ">" else value < limit)
 
 
 def print_checks(rows):
     """Every row with its number, its floor and its bar; True if all floors hold."""
-    def cell(value, limit):
-        verdict = "ok" if reached(value, limit) else "MISSED"
-        return "" if limit is None else f"{limit[0]} {limit[1]:g} {verdict}"
-    print_table("claim", {name: {"measured": f"{value:.2f} {unit:2s}", "floor": cell(
-        value, floor), "bar": cell(value, bar)} for name, (value, unit, floor, bar) in
-        rows.items()}, {k: (k, "") for k in ("measured", "floor", "bar")})
-    return all(reached(value, floor) for value, _, floor, _ in rows.values())
+    def cell(value, sign, limit):
+        verdict = "ok" if reached(value, sign, limit) else "MISSED"
+        return "" if limit is None else f"{sign} {limit:g} {verdict}"
+    print_table("claim", {
+        name: {"measured": f"{value:.2f} {unit:2s}", "floor": cell(value, sign, floor),
+               "bar": cell(value, sign, bar)} for name, (value, unit, sign, floor, bar)
+        in rows.items()}, {k: (k, "") for k in ("measured", "floor", "bar")})
+    return all(reached(value, sign, floor) for value, _, sign, floor, _ in
+               rows.values())
 
 
 def most_detail(hq, side=128, sign=1):
@@ -1205,8 +1205,8 @@ def report(run, m, held, lpips, size, guidance):
         "lpips": lpips.name, "device": str(device()), "torch": torch.__version__,
         "seed": run.cfg.seed, "estimator": ranks, "error_by_t": errors,
         "benchmark": bench, "checks": {k: {
-            "value": v, "unit": unit, "floor": reached(v, floor),
-            "bar": reached(v, bar)} for k, (v, unit, floor, bar) in rows.items()},
+            "value": v, "unit": unit, "floor": reached(v, sign, floor), "bar": reached(
+                v, sign, bar)} for k, (v, unit, sign, floor, bar) in rows.items()},
         "table": {name: {k: v for k, v in row.items() if k != "pictures"}
                   for name, row in table.items()}}, indent=1).replace(
                       "Infinity", "null"))           # HQ's own PSNR
@@ -1225,8 +1225,8 @@ def show(axis, picture, title="", below=""):
 
 
 # ---- 12. Every claim a row (skim) -- models that differ in Config alone --------------
-PASSES = {"plain CFG": (2, 0), "PadCFG": (2, 1), "4 passes": (4, 1),
-          "8 passes": (8, 1)}            # of `pad_cfg`: passes, shift
+PASSES = {"plain CFG": dict(passes=2, shift=0), "PadCFG": dict(passes=2),
+          "4 passes": dict(passes=4), "8 passes": dict(passes=8)}      # of `restore`
 PIX = "Pix: plain start"                 # the row that chapter 4's others change
 
 
@@ -1294,12 +1294,12 @@ def ablate(run, m, pairs, held, lpips, steps, only="", seeds=3):
             add_teachers(pairs, m, part.cfg)
             for chapter in chapters:
                 if chapters[-1] == "pix":
-                    watch = partial(watch_pix, m["estimator"], held, known["GenDR"])
+                    watch = partial(watch_pix, m, held, known["GenDR"])
                 mine[chapter] = next_chapter(part, chapter, mine, pairs, lpips, watch)
             result = row_of(name, part, mine, m, held, known["GenDR"], lpips)
             write_file(file, json.dumps(result))
             if name == PIX and seed == 0:
-                draw_lattice(mine["pix"], m, cfg, held, run.folder / "lattice.png")
+                draw_lattice(mine["pix"], m, held, run.folder / "lattice.png")
         for label, row in json.loads(file.read_text()).items():
             found.setdefault(label, []).append(row)
     text = print_table(f"{steps} steps, {seeds} seeds; {lpips.name}", {
@@ -1316,9 +1316,9 @@ def ablate(run, m, pairs, held, lpips, steps, only="", seeds=3):
 def row_of(name, part, mine, m, held, gendr, lpips):
     """{label: numbers} of a trained row: quality, and from its log how it learned."""
     model, chapter = list(mine.values())[-1], list(mine)[-1]
-    methods = {name: lambda p: restore(model, m["estimator"], p.lq, p.scale)}
+    methods = {name: restored(model, m)}
     if name == PIX:
-        methods |= {f"{name}, {k}": by_passes(model, m["estimator"], part.cfg, *how)
+        methods |= {f"{name}, {k}": restored(model, m, weight=part.cfg.guidance, **how)
                     for k, how in PASSES.items()}
     table, curves = evaluate(methods, held, lpips), part.curves()
     rows = {label: {k: row[k] for k in QUALITY} for label, row in table.items()}
@@ -1339,10 +1339,10 @@ def mean_psnr(a, b):
 
 
 @torch.no_grad()
-def watch_pix(estimator, held, gendr, student, critic):
+def watch_pix(m, held, gendr, student, critic):
     """PSNR over GenDR's (its row of `evaluate`), and the share of positions that D
     tells right at phase (0, 0) of the 8x8 grid and at three others."""
-    ys = [restore(student, estimator, p.lq, p.scale) for p in held]
+    ys = [restored(student, m)(p) for p in held]
     hq = [p.hq for p in held]
 
     def right(*phases):
@@ -1353,18 +1353,7 @@ def watch_pix(estimator, held, gendr, student, critic):
             "unseen": right((3, 3), (4, 4), (5, 1))}
 
 
-def by_passes(pix, estimator, cfg, passes, shift=1, weight=None):
-    """A method for `evaluate`: `pad_cfg` with so many passes."""
-    @torch.no_grad()
-    def method(p):
-        x = upsample(p.lq, p.scale)
-        with folded(pix, estimator(p.lq)), autocast(cfg):
-            y = pad_cfg(pix, pad_to(x, 8), weight or cfg.guidance, None, passes, shift)
-        return y[:, :, :x.shape[2], :x.shape[3]].float()
-    return method
-
-
-def draw_lattice(pix, m, cfg, held, file):
+def draw_lattice(pix, m, held, file):
     """lattice.png: why padding removes the grid.  A flat crop, contrast times 4, and
     the log spectrum, for one pass and PASSES; the mean over n phases of the positive
     branch: its lattice peak, beside the theory (of one pass's harmonics those with
@@ -1377,12 +1366,12 @@ def draw_lattice(pix, m, cfg, held, file):
     def crop(p, y, side=48):
         top, left = most_detail(inner(p.hq), side, -1)
         return inner(y)[:, :, top:top + side, left:left + side]
-    one = [restore(pix, m["estimator"], p.lq, p.scale) for p in held]
+    one = list(map(restored(pix, m), held))
     p, y = max(zip(held, one), key=lambda pair: lattice_amplitude(crop(*pair)) -
                lattice_amplitude(crop(pair[0], pair[0].hq)))
     figure = Figure((18, 6), 90, layout="constrained")
     ys = {"HQ": p.hq, "one pass": y}
-    ys |= {k: by_passes(pix, m["estimator"], cfg, *how)(p) for k, how in PASSES.items()}
+    ys |= {k: restored(pix, m, **how)(p) for k, how in PASSES.items()}
     axes = figure.subplots(2, len(ys) + 1)
     for line, (name, y) in zip(axes.T, ys.items()):
         flat = crop(p, y)
@@ -1392,8 +1381,8 @@ def draw_lattice(pix, m, cfg, held, file):
         line[1].imshow(power.cpu(), cmap="gray")
         line[1].set(xticks=[], yticks=[])
     phases, k = (1, 2, 4, 8), torch.arange(8)
-    means = [[inner(by_passes(pix, m["estimator"], cfg, 2 * n, weight=1.0)(p)) for p in
-              held] for n in phases]
+    means = [[inner(restored(pix, m, passes=2 * n, weight=1.0)(p)) for p in held]
+             for n in phases]
     points = 10 * torch.cat([torch.div(*lattice_points(y)).log10() for y in means[0]]
                             ).mean(0).cpu()
     theory = [torch.where((k[:, None] + 3 * k).flatten() % n == 0, points, -2.5)[1:]

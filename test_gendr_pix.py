@@ -1497,8 +1497,8 @@ def test_claims_have_floors_and_bars_on_either_side():
     bench = {f"GenDR-Pix{s}": {"faster": 3.0, "memory": -0.7} for s in ("", " guided")}
     t["VAE"]["psnr"], t["regression"]["psnr"], t["GenDR"]["spectral"] = 29, 20.4, 5.9
     rows = g.checks(t, bench, [0.1, 0.25])
-    said = {k: (g.reached(v, floor), g.reached(v, bar)) for k, (v, _, floor, bar) in
-            rows.items()}
+    said = {k: (g.reached(v, sign, floor), g.reached(v, sign, bar)) for
+            k, (v, _, sign, floor, bar) in rows.items()}
     assert said["VAE, PSNR"] == (True, False)                # 28 and 30 dB
     assert said["prior's error at t = T over t = 1"] == (True, False)        # 2 and 3
     assert said["regression, PSNR over bicubic"] == (True, False)    # 0.3 and 0.5 dB
@@ -1507,7 +1507,8 @@ def test_claims_have_floors_and_bars_on_either_side():
     assert said["GenDR, PSNR over ResShift"] == (False, False)       # equal is not over
     t["GenDR-Pix"]["lattice"] = 9.0
     name = "GenDR-Pix, lattice peak over HQ's"
-    assert not g.reached(*g.checks(t, bench, [1, 1])[name][:3:2])
+    value, _, sign, floor, _ = g.checks(t, bench, [1, 1])[name]
+    assert not g.reached(value, sign, floor)
 
 
 def test_ablation_trains_every_row_and_goes_on_where_it_stopped(tmp_path, in_project,
@@ -1926,6 +1927,73 @@ def test_the_readmes_table_is_the_expected_runs():
     assert all(check["floor"] for check in metrics["checks"].values())       # PASS
 
 
+def answer(number):
+    """The numbers in the README's answer to an exercise, as written."""
+    text = (HERE / "README.md").read_text().partition("## Answers")[2]
+    text = text.partition(f" {number + 1}. ")[0].rpartition(f"{number}. ")[2]
+    return re.findall(r"\d*\.\d+|\d+", text)
+
+
+def test_the_answers_of_the_exercises_in_the_exact_world():
+    """Their solutions: samplers on 2,000 photographs, the mean over 3 seeds."""
+    world = r.ExactWorld()
+
+    def measured(chain, sampler):
+        rows = []
+        for seed in range(3):
+            generator = rng(seed)
+            x0, y0 = world.draw(2000, generator)
+            x = sampler(chain, lambda x, y, t: world.denoise(y, chain, x, t), y0,
+                        generator)
+            rows.append(r.exact_measures(world, x, x0, y0))
+        return r.means(rows)
+
+    def from_y0(chain, model, y0, generator):                # 3: no noise at x_T
+        chain.prior_sample = lambda y0, noise: y0
+        return chain.sample(model, y0, generator)
+
+    def sinsr(chain, model, y0, generator):                  # 4: no noise at all
+        x = chain.prior_sample(y0, r.noise_like(y0, generator))
+        for t in range(chain.steps, 0, -1):
+            m = (chain.eta[t - 1] / chain.eta[t]).sqrt()
+            j = chain.eta[t - 1] - (chain.eta[t - 1] * chain.eta[t]).sqrt()
+            x = (1 - m - j) * model(x, y0, torch.full((len(x),), t)) + m * x + j * y0
+        return x
+
+    def stride(chain, model, y0, generator, step=5):         # 5: t to t - step
+        x = chain.prior_sample(y0, r.noise_like(y0, generator))
+        for t in range(chain.steps, 0, -step):
+            s, e = chain.eta[t - step], chain.eta[t]
+            x = s / e * x + (1 - s / e) * model(x, y0, torch.full((len(x),), t))
+            x = x + chain.kappa * (s / e * (e - s)).sqrt() * r.noise_like(y0, generator)
+        return x
+    plain, chain = r.ResidualShift.sample, r.ResidualShift
+    normal, four, three = (measured(chain(n), plain) for n in (15, 4, 3))
+    one, two, no_noise, straight, strides = (measured(*how) for how in (
+        (chain(15, 1.0), plain), (chain(15, eta_1=0.6), plain), (chain(15), from_y0),
+        (chain(4), sinsr), (chain(15), stride)))
+    for number, values in {
+            1: (one["distance"], normal["distance"], one["mse"], normal["mse"]),
+            2: (two["mse"], two["distance"]), 3: (no_noise["distance"],),
+            4: (straight["distance"], four["distance"], straight["energy"],
+                four["energy"]),
+            5: (strides["mse"], strides["distance"], three["mse"], three["distance"],
+                strides["energy"], three["energy"])}.items():
+        for text, value in zip(answer(number), values, strict=True):
+            digits = len(text.partition(".")[2])
+            assert abs(float(text) - value) < 1.5 * 10 ** -digits, (number, text, value)
+
+
+def test_the_readmes_sizes_of_the_networks():
+    sizes = next(line for line in (HERE / "README.md").read_text().splitlines() if
+                 line.startswith("| GenDR-Pix's U-Net"))
+    for name, cell in zip(r.PRESETS, re.findall(r"([0-9.]+) M", sizes), strict=True):
+        with torch.device("meta"):
+            unet = r.UNet(r.preset(name), 192, 192)
+        digits = len(cell.partition(".")[2])
+        assert f"{sum(p.numel() for p in unet.parameters()) / 1e6:.{digits}f}" == cell
+
+
 def test_the_readmes_golden_number(capsys):
     """The code block of the README prints the number that stands behind it."""
     text = (HERE / "README.md").read_text()
@@ -1963,7 +2031,7 @@ HAND = "python test_gendr_pix.py"        # 20 kills; the suite has one
 
 
 def test_every_command_of_the_readme_runs(finished, tmp_path, monkeypatch, capsys):
-    """In an empty folder beside a finished run; steps, networks and pictures are cut."""
+    """In an empty folder with a finished run; steps, networks and pictures are cut."""
     lines = readme_commands()
     assert CI <= set(lines) and HAND in lines and len(lines) > 12
     assert all(line in (HERE / ".ci/run").read_text() for line in CI)
