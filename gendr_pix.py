@@ -31,9 +31,9 @@ import json
 import math
 import sys
 import time
-import weakref
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 # Before torch: for --help resshift.py puts something light in its place.
@@ -51,8 +51,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -895,33 +893,13 @@ point and CiD none.  The value of such a loss says nothing.""")
 
 
 # ---- 10. Time, memory, operations (skim) ---------------------------------------------
-class LiveBytes(TorchDispatchMode):
-    """Peak bytes of tensors alive at once that were made inside the `with` block.
-
-    Counts every storage an operation returns until it is freed: activations, not
-    weights, and not what a kernel takes for itself.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        def storages(tree):
-            return {s._cdata: s for s in (x.untyped_storage() for x in tree_leaves(tree)
-                                          if isinstance(x, torch.Tensor))}
-        given = storages((args, kwargs))
-        out = func(*args, **(kwargs or {}))
-        for key, storage in storages(out).items():
-            if key not in given:
-                self.count(storage.nbytes())
-                weakref.finalize(storage, self.count, -storage.nbytes())
-        return out
-
-    def count(self, size):
-        """A storage of this size was made, or (negative) freed."""
-        self.now += size
-        self.peak = max(self.peak, self.now)
+def peak_bytes(function):
+    """Peak bytes of the CPU tensors that function() allocates: activations, not
+    weights, and not what a kernel takes for itself."""
+    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as seen:
+        function()
+    events = sorted(seen.function_events, key=lambda event: event.time_range.start)
+    return max(accumulate(event.self_cpu_memory_usage for event in events))
 
 
 @torch.no_grad()
@@ -929,7 +907,7 @@ def measure(function, cfg, repeats=3, budget=20.0):
     """(milliseconds, peak bytes) of function(): median of `repeats` after a warm-up.
 
     Fewer repeats once they have taken `budget` seconds; on CUDA ten times as many, and
-    the peak is the allocator's, above what was allocated before, not `LiveBytes`.
+    the peak is the allocator's, above what was allocated before.
     """
     cuda, seconds = device().type == "cuda", []
     repeats *= 10 if cuda else 1
@@ -946,32 +924,11 @@ def measure(function, cfg, repeats=3, budget=20.0):
         if cuda:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-        with LiveBytes() as live:
             function()
-    peak = torch.cuda.max_memory_allocated() - before if cuda else live.peak
+            peak = torch.cuda.max_memory_allocated() - before
+        else:
+            peak = peak_bytes(function)
     return 1000 * sorted(seconds)[len(seconds) // 2], peak
-
-
-def macs(function, attention=True):
-    """Multiply-accumulates of function()'s convolutions and matrix products.
-
-    attention=False leaves out q k^T and the product with v (batched products).  For
-    the meta device: the CPU's fused attention is one operation that nobody counts.
-    """
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return sum(n for op, n in counter.get_flop_counts().get("Global", {}).items()
-               if attention or not any(word in str(op) for word in ("bmm", "dot_prod"))
-               ) // 2
-
-
-def parts_of(model, size):
-    """{"in", "U-Net", "out": function of nothing} of one folded pass on size^2."""
-    x = torch.zeros(1, 3, size, size, device=device())
-    h = model.end_in.encode(x)
-    z = model.step(h)
-    return {"in": lambda: model.end_in.encode(x), "U-Net": lambda: model.step(h),
-            "out": lambda: model.end_out.decode(z)}
 
 
 def untrained(cfg):
@@ -985,32 +942,41 @@ def untrained(cfg):
     return {name: m[name] for name in NAMES}
 
 
-@torch.no_grad()
-def counts(cfg, size):
-    """{model: {"parameters", "one", "two"}}: G MACs of one pass and with guidance.
+def count_pass(model, size):
+    """(G multiply-accumulates of all, and of `step`; M parameters used) by one folded
+    pass on size^2.  The U-Net's attention products, q k^T and with v, do not count.
 
-    Convolutions and linear layers of the U-Net, and everything in the VAE, with the
-    attention in its middle; PadCFG's passes are 8 pixels larger each way.  Parameters
-    are those that a folded pass touches: LoRA's own do not count.
+    For the meta device: the CPU's fused attention is one operation that nobody counts.
     """
-    rows, used = {}, {}
+    used = {}
 
     def note(module, *_):
         used.update({p: p.numel() for p in module.parameters(recurse=False)})
+    with FlopCounterMode(display=False) as counter, (
+            nn.modules.module.register_module_forward_hook(note)):
+        model(torch.zeros(1, 3, size, size))
+
+    def macs(part, attention=True):
+        return sum(n for op, n in counter.get_flop_counts().get(part, {}).items() if
+                   attention or not any(word in str(op) for word in (
+                       "bmm", "dot_prod"))) / 2e9
+    unet = macs("Restorer.unet", attention=False)
+    return (macs("Global") - macs("Restorer.unet") + unet,
+            unet + macs("Restorer.shortcut"), sum(used.values()) / 1e6)
+
+
+@torch.no_grad()
+def counts(cfg, size):
+    """{model: {"parameters", "one", "two"}}: M, and G MACs of one pass and with
+    guidance, where PadCFG's passes are 8 pixels larger each way.  LoRA is folded."""
+    rows = {}
     with torch.device("meta"):
         for name, model in untrained(cfg).items():
-            def count(size):
-                return {k: macs(f, attention=k != "U-Net") / 1e9 for k, f in
-                        parts_of(model, size).items()}
             with folded(model, torch.zeros(1, 2)):
-                one, larger = count(size), count(size + 8)
-                used.clear()
-                with nn.modules.module.register_module_forward_hook(note):
-                    model(torch.zeros(1, 3, size, size))
-            two = 2 * sum(larger.values()) if name == "pix" else sum(
-                one.values()) + one["U-Net"]
-            rows[NAMES[name]] = {"parameters": sum(used.values()) / 1e6, "two": two,
-                                 "one": sum(one.values())}
+                one, step, parameters = count_pass(model, size)
+                padded = 2 * count_pass(model, size + 8)[0]
+            rows[NAMES[name]] = {"parameters": parameters, "one": one,
+                                 "two": padded if name == "pix" else one + step}
     return rows
 
 
@@ -1025,7 +991,11 @@ def benchmark(models, size):
         with folded(model, scores):
             one, two = (measure(f, cfg) for f in (
                 lambda: model(x), lambda: guided(model, x, 1.07)))
-            parts = [measure(f, cfg, 1)[0] for f in parts_of(model, size).values()]
+            h = model.end_in.encode(x)
+            z = model.step(h)
+            parts = [measure(f, cfg, 1)[0] for f in (
+                lambda: model.end_in.encode(x), lambda: model.step(h),
+                lambda: model.end_out.decode(z))]
         for suffix, (ms, peak) in {"": one, " guided": two}.items():
             row = rows[NAMES[name] + suffix] = {"ms": ms, "MB": peak / 1e6}
             base = rows["GenDR" + suffix]

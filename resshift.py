@@ -39,8 +39,7 @@ if {"-h", "--help"} & set(sys.argv) and Path(sys.argv[0]).stem in (
         "resshift", "gendr_pix"):        # help needs no torch, and not its two seconds
     sys.modules.update(dict.fromkeys(("torch", "safetensors.torch", *(
         f"torch.{name}" for name in ("nn", "nn.functional", "utils", "utils.data",
-                                     "utils.checkpoint", "utils.flop_counter",
-                                     "utils._pytree", "utils._python_dispatch"))),
+                                     "utils.checkpoint", "utils.flop_counter"))),
         MagicMock()))
 
 import numpy as np
