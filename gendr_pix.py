@@ -51,6 +51,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -361,7 +362,7 @@ def pixel_input(gendr, cfg, rows=None):
     conv_in (192 channels) and the shortcut start by least squares on a `Batch`:
     conv_in'(unshuffle(x)) near conv_in(encode(x)), shortcut'(unshuffle(x)) near
     shortcut(encode(x)).  Not in the paper; without cfg.least_squares, or a batch, they
-    start plainly.  All is trained but the VAE behind it.
+    start as `new_conv` has it.  All is trained but the VAE behind it.
     """
     adc = gendr.copy()
     adc.end_in, adc.end_lora, adc.end_out = PixelShuffle(8), None, gendr.end_out
@@ -499,16 +500,14 @@ def fourier_mask(h, w, factor=8, radius=1):
     """M (h, w) over fft2's bins: 1 near the lattice (k h/8, l w/8) but (0, 0), else 0.
 
     One wrong weight of the last layer repeats in every 8x8 patch: its energy sits
-    within one bin of those points.  Radius 1 and the exception are not in the paper.
+    within one bin of those points.  h and w are multiples of the factor.  Radius 1 and
+    the exception are not in the paper.
     """
-    def near(n):
-        """(n, factor): is bin u within radius of lattice point k, around the circle?"""
-        point = (torch.arange(factor) * n / factor).round()
-        distance = (torch.arange(n)[:, None] - point).abs()
-        return torch.minimum(distance, n - distance) <= radius
-    rows, columns = near(h), near(w)
-    mask = rows.any(1)[:, None] & columns.any(1)
-    return (mask & ~(rows[:, :1] & columns[:, 0])).float()     # not around (0, 0)
+    def near(n, step):                   # bins within the radius of a multiple of step
+        distance = torch.arange(n) % step
+        return torch.minimum(distance, step - distance) <= radius
+    lattice = near(h, h // factor)[:, None] & near(w, w // factor)
+    return (lattice & ~(near(h, h)[:, None] & near(w, w))).float()
 
 
 def masked_fourier_loss(y_student, y_teacher, factor=8, radius=1):
@@ -659,9 +658,7 @@ def pix_stage(adc, student, lpips, cfg):
         losses["fourier"] = cfg.lambda_fourier * masked_fourier_loss(
             y, target, radius=cfg.mask_radius)
         yield student, losses
-        with torch.no_grad():
-            real = critic.look(batch.hq, phase)
-        yield critic, critic.losses(seen, real)
+        yield critic, critic.losses(seen, critic.look(batch.hq, phase))
     return step, {student: cfg.student_learning_rate, critic: cfg.critic_learning_rate}
 
 
@@ -680,8 +677,9 @@ def pad_cfg(restorer, x, weight, scores=None, passes=2, shift=1):
         for prompt, share, first in ((POSITIVE, weight, 4), (NEGATIVE, 1 - weight,
                                                              4 - shift)):
             top, left = (first + 8 // n * j) % 8, (first + 24 // n * j) % 8
-            y = restorer(rand_pad(x, top, left), scores, prompt)
-            mixed = mixed + share / n * y[:, :, top:top + h, left:left + w]
+            if share:
+                y = restorer(rand_pad(x, top, left), scores, prompt)
+                mixed = mixed + share / n * y[:, :, top:top + h, left:left + w]
     return mixed
 
 
@@ -766,16 +764,18 @@ def build(name, m, cfg, rows=None):
 
 def stage_of(name, model, m, cfg, lpips=None):
     """What teaches that model: (step, rates)."""
-    alone = dataclasses.replace(cfg, distill="none", lambda_distill_adv=0.0)
-    first = dataclasses.replace(alone, gendr_learning_rate=cfg.start_learning_rate)
-    return {"estimator": lambda: estimator_stage(model, cfg),
-            "start": lambda: gendr_stage(m["resshift"], model, first),
-            "regression": lambda: gendr_stage(m["resshift"], model, alone),
-            "gendr": lambda: gendr_stage(m["resshift"], model, cfg),
-            "adc": lambda: adc_stage(m["gendr"], model, cfg),
-            "pix": lambda: pix_stage(one_step(m["resshift"], m["vae"]) if cfg.critic ==
-                                     "prior" else m[cfg.critic], model, lpips, cfg)
-            }[name]()
+    if name == "estimator":
+        return estimator_stage(model, cfg)
+    if name == "adc":
+        return adc_stage(m["gendr"], model, cfg)
+    if name == "pix":
+        prior = one_step(m["resshift"], m["vae"]) if cfg.critic == "prior" else None
+        return pix_stage(prior or m[cfg.critic], model, lpips, cfg)
+    if name in ("start", "regression"):
+        rate = cfg.start_learning_rate if name == "start" else cfg.gendr_learning_rate
+        cfg = dataclasses.replace(cfg, distill="none", lambda_distill_adv=0.0,
+                                  gendr_learning_rate=rate)
+    return gendr_stage(m["resshift"], model, cfg)
 
 
 def next_chapter(run, name, m, pairs=None, lpips=None, watch=None):
@@ -903,32 +903,20 @@ def peak_bytes(function):
 
 
 @torch.no_grad()
-def measure(function, cfg, repeats=3, budget=20.0):
-    """(milliseconds, peak bytes) of function(): median of `repeats` after a warm-up.
-
-    Fewer repeats once they have taken `budget` seconds; on CUDA ten times as many, and
-    the peak is the allocator's, above what was allocated before.
-    """
-    cuda, seconds = device().type == "cuda", []
-    repeats *= 10 if cuda else 1
+def measure(function, cfg, seconds=3.0):
+    """(milliseconds, peak bytes) of function(): after a warm-up the median of the runs
+    of so many seconds, one at least.  On CUDA the peak is the allocator's, above what
+    was allocated before."""
     with autocast(cfg):
+        timer = Timer("function()", globals={"function": function},
+                      num_threads=torch.get_num_threads())
+        ms = 1000 * timer.blocked_autorange(min_run_time=seconds).median
+        if device().type == "cpu":
+            return ms, peak_bytes(function)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         function()
-        if cuda:
-            torch.cuda.synchronize()
-        while len(seconds) < repeats and sum(seconds) < budget:
-            start = time.perf_counter()
-            function()
-            if cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        if cuda:
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            function()
-            peak = torch.cuda.max_memory_allocated() - before
-        else:
-            peak = peak_bytes(function)
-    return 1000 * sorted(seconds)[len(seconds) // 2], peak
+    return ms, torch.cuda.max_memory_allocated() - before
 
 
 def untrained(cfg):
@@ -993,7 +981,7 @@ def benchmark(models, size):
                 lambda: model(x), lambda: guided(model, x, 1.07)))
             h = model.end_in.encode(x)
             z = model.step(h)
-            parts = [measure(f, cfg, 1)[0] for f in (
+            parts = [measure(f, cfg, 0.5)[0] for f in (
                 lambda: model.end_in.encode(x), lambda: model.step(h),
                 lambda: model.end_out.decode(z))]
         for suffix, (ms, peak) in {"": one, " guided": two}.items():
@@ -1262,10 +1250,10 @@ def ablate(run, m, pairs, held, lpips, steps, only="", seeds=3):
         if not file.exists():
             mine, watch = {k: m[k] for k in before}, None
             add_teachers(pairs, m, part.cfg)
-            for chapter in chapters:
+            for each in chapters:
                 if chapters[-1] == "pix":
                     watch = partial(watch_pix, m, held, known["GenDR"])
-                mine[chapter] = next_chapter(part, chapter, mine, pairs, lpips, watch)
+                mine[each] = next_chapter(part, each, mine, pairs, lpips, watch)
             result = row_of(name, part, mine, m, held, known["GenDR"], lpips)
             write_file(file, json.dumps(result))
             if name == PIX and seed == 0:
@@ -1285,21 +1273,21 @@ def ablate(run, m, pairs, held, lpips, steps, only="", seeds=3):
 
 def row_of(name, part, mine, m, held, gendr, lpips):
     """{label: numbers} of a trained row: quality, and from its log how it learned."""
-    model, chapter = list(mine.values())[-1], list(mine)[-1]
+    last, model = list(mine.items())[-1]
     methods = {name: restored(model, m)}
     if name == PIX:
         methods |= {f"{name}, {k}": restored(model, m, weight=part.cfg.guidance, **how)
                     for k, how in PASSES.items()}
     table, curves = evaluate(methods, held, lpips), part.curves()
     rows = {label: {k: row[k] for k in QUALITY} for label, row in table.items()}
-    if chapter == "pix":
+    if last == "pix":
         for label, row in table.items():
             rows[label]["teacher"] = mean_psnr(row["pictures"], gendr["pictures"])
-        gaps = curves.get((chapter, "over GenDR"), {})
+        gaps = curves.get((last, "over GenDR"), {})
         rows[name]["within"] = min((n for n, gap in gaps.items() if gap > -0.3),
                                    default=math.inf)
-        rows[name] |= {k: list(curves[chapter, k].values())[-1] for k in
-                       ("seen", "unseen") if (chapter, k) in curves}
+        rows[name] |= {k: list(curves[last, k].values())[-1] for k in
+                       ("seen", "unseen") if (last, k) in curves}
     return rows
 
 

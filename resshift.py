@@ -38,9 +38,9 @@ from unittest.mock import MagicMock
 if {"-h", "--help"} & set(sys.argv) and Path(sys.argv[0]).stem in (
         "resshift", "gendr_pix"):        # help needs no torch, and not its two seconds
     sys.modules.update(dict.fromkeys(("torch", "safetensors.torch", *(
-        f"torch.{name}" for name in ("nn", "nn.functional", "utils", "utils.data",
-                                     "utils.checkpoint", "utils.flop_counter"))),
-        MagicMock()))
+        f"torch.{name}" for name in (
+            "nn", "nn.functional", "utils", "utils.benchmark", "utils.checkpoint",
+            "utils.data", "utils.flop_counter"))), MagicMock()))
 
 import numpy as np
 import safetensors.torch
@@ -88,7 +88,7 @@ TABLE = dict(
     vae_steps=(10, 30_000, 500_000), prior_steps=(2050, 100_000, 500_000),
     estimator_steps=(1600, 5000, 20_000),
     start_steps=(300, 30_000, 80_000), gendr_steps=(100, 10_000, 20_000),
-    adc_steps=(50, 20_000, 100_000), pix_steps=(50, 30_000, 100_000),
+    adc_steps=(50, 20_000, 100_000), pix_steps=(150, 30_000, 100_000),
     ablate_steps=(40, 4000, 10_000),     # of a chapter, for each row of --ablate
     learning_rate=(5e-4, 1e-4, 1e-5),    # of the prior
     vae_learning_rate=(1e-5, 5e-4, 1e-4), estimator_learning_rate=(3e-3, 1e-3, 1e-3),
@@ -110,7 +110,7 @@ TABLE = dict(
     least_squares=True, repeated=False,  # new ends start in closed form; else plainly,
                                          # or from the old end's weights, repeated
     pad_phases=8, mask_radius=1,         # random padding, 1: none; Fourier mask, bins
-    critic="adc", teacher="gendr",       # of stage II: whose features; or "hq"
+    critic="adc", teacher="gendr",       # stage II's features; both stages': or "hq"
     lpips_net=("alex", "vgg", "vgg"),
     # the run; the weights to start from are SD 2.1's U-Net and an AutoencoderKL
     unet_weights="", vae_weights="",     # as .safetensors, under diffusers' names
@@ -884,7 +884,7 @@ def descend(optimizer, losses, rate, clip, name):
 
 @torch.no_grad()
 def swap(parameters, average):
-    """Exchange the parameters with their average; twice is the identity."""
+    """Exchange the parameters with their average, in place; twice is the identity."""
     for p, a in zip(parameters, average):
         kept = p.clone()
         p.copy_(a)
@@ -1006,7 +1006,7 @@ def pad_to(x, multiple):
 
 
 # ---- 9. The degradation (skim) -- Real-ESRGAN's two stages, S3Diff's mild ranges -----
-RANGES = {                               # pairs: first stage, second stage
+RANGES = {                               # pairs: first stage, second stage; but shape
     "real-esrgan": SimpleNamespace(
         sigma=((0.2, 3.0), (0.2, 1.5)),          # of the blur, pixels
         shape=((0.5, 4.0), (1.0, 2.0)),          # its exponents: generalised, plateau
@@ -1347,6 +1347,7 @@ def evaluate(methods, held, lpips):
     """
     table = {}
     for name, method in methods.items():
+        method(held[0])                                        # a warm-up
         started, each = time.perf_counter(), []
         pictures = [method(pair).float().clamp(-1, 1) for pair in held]
         if device().type == "cuda":
@@ -1371,16 +1372,13 @@ def means(each):
 def print_table(title, rows, columns):
     """Print, and return, a Markdown table: rows {name: {key: value}}, columns {key:
     (head, format)}; a value is a number or a text; what a row lacks stays empty."""
-    lines = {title: [head for head, _ in columns.values()]}
-    for name, row in rows.items():
-        lines[name] = [v if isinstance(v, str) else format(v, form) for v, form in
-                       ((row.get(k, ""), form) for k, (_, form) in columns.items())]
-    table = [[name, *cells] for name, cells in lines.items()]
-    wide, *widths = (max(map(len, column)) for column in zip(*table))
-    text = [f"| {name:{wide}s} | " + " | ".join(
-        f"{cell:>{width}s}" for cell, width in zip(line, widths)) + " |"
-        for name, line in lines.items()]
-    text[1:1] = [f"|{'-' * wide}--|" + "".join(f"{'-' * w}-:|" for w in widths)]
+    table = [[title, *(head for head, _ in columns.values())]] + [
+        [name, *(v if isinstance(v := row.get(k, ""), str) else format(v, form)
+                 for k, (_, form) in columns.items())] for name, row in rows.items()]
+    wide = [max(map(len, column)) for column in zip(*table)]
+    text = ["| " + " | ".join(f"{cell:{'>' if i else ''}{n}s}" for i, (cell, n) in
+                              enumerate(zip(line, wide))) + " |" for line in table]
+    text[1:1] = [f"|{'-' * wide[0]}--|" + "".join(f"{'-' * n}-:|" for n in wide[1:])]
     text = "\n".join(text) + "\n"
     print("\n" + text, end="")
     return text
@@ -1735,8 +1733,8 @@ def config_from(args):
     written, what would fail in the middle of a run."""
     cfg = dataclasses.replace(preset(args["preset"]),
                               **{k: v for k, v in args.items() if k in TABLE})
-    zero = {"pool", "workers", "vae_lora_rank", "fake_steps", "seed", "mask_radius",
-            "warmup", "ablate_steps"} | {k for k in TABLE if k.endswith("_steps")}
+    zero = {"pool", "workers", "vae_lora_rank", "seed", "mask_radius", "warmup"} | {
+        k for k in TABLE if k.endswith("_steps")}
     rules = {f"{k} is {int(k not in zero)} or more": v >= (k not in zero) for k, v in
              vars(cfg).items() if type(v) is int} | {
         f"{k} is not negative": v >= 0 for k, v in vars(cfg).items() if
