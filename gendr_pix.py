@@ -29,6 +29,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -896,6 +897,7 @@ point and CiD none.  The value of such a loss says nothing.""")
 def peak_bytes(function):
     """Peak bytes of the CPU tensors that function() allocates: activations, not
     weights, and not what a kernel takes for itself."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")            # or the profiler talks
     with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as seen:
         function()
     events = sorted(seen.function_events, key=lambda event: event.time_range.start)

@@ -1006,7 +1006,7 @@ def pad_to(x, multiple):
 
 
 # ---- 9. The degradation (skim) -- Real-ESRGAN's two stages, S3Diff's mild ranges -----
-RANGES = {                               # pairs: first stage, second stage; but shape
+RANGES = {                               # (first stage, second stage), but for shape
     "real-esrgan": SimpleNamespace(
         sigma=((0.2, 3.0), (0.2, 1.5)),          # of the blur, pixels
         shape=((0.5, 4.0), (1.0, 2.0)),          # its exponents: generalised, plateau
