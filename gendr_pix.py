@@ -558,9 +558,13 @@ class Discriminator(nn.Module):
         return torch.cat([head(f).flatten(1) for head, f in
                           zip(self.heads, features)], dim=1)
 
+    def fooled(self, fake):
+        """The generator's loss on the features of its output: softplus(-D(fake))."""
+        return F.softplus(-self.judge(fake)).mean()
+
     def losses(self, fake, real):
         """D's own, softplus(D(fake)) + softplus(-D(real)), on the features of a fake,
-        detached, and of HQ.  The generator's is softplus(-D(fake))."""
+        detached, and of HQ."""
         fake, real = (self.judge([f.detach() for f in x]) for x in (fake, real))
         return {"d": F.softplus(fake).mean() + F.softplus(-real).mean()}
 
@@ -606,8 +610,7 @@ def gendr_stage(prior, student, cfg):
                 prior, fake_score, z_g, z_h, z_l, draws, cfg)
         if critic:
             seen = critic.features(z_g)
-            losses["adv"] = (cfg.lambda_distill_adv
-                             * F.softplus(-critic.judge(seen)).mean())
+            losses["adv"] = cfg.lambda_distill_adv * critic.fooled(seen)
         yield student, losses
         z_g = z_g.detach()
         for _ in range(cfg.fake_steps if distill else 0):
@@ -633,8 +636,8 @@ def adc_stage(gendr, student, cfg):
         prompt, target = negatives(batch.z_tea, batch.z_lq, draws, cfg)
         z = student.latent(batch, prompt)
         seen = critic.features(z)
-        yield student, {"l1": F.l1_loss(z, target), "adv": cfg.lambda_adv * F.softplus(
-            -critic.judge(seen)).mean()}
+        yield student, {"l1": F.l1_loss(z, target),
+                        "adv": cfg.lambda_adv * critic.fooled(seen)}
         yield critic, critic.losses(seen, critic.features(batch.z_hq))
     return step, {student: cfg.student_learning_rate, critic: cfg.critic_learning_rate}
 
@@ -654,7 +657,7 @@ def pix_stage(adc, student, lpips, cfg):
         y = student(batch.lq_up, batch.estimate, prompt)
         losses = {"l1": F.l1_loss(y, target)}
         seen = critic.look(y, phase)
-        losses["adv"] = cfg.lambda_adv * F.softplus(-critic.judge(seen)).mean()
+        losses["adv"] = cfg.lambda_adv * critic.fooled(seen)
         losses["lpips"] = cfg.lambda_lpips * lpips(y, target).mean()
         losses["fourier"] = cfg.lambda_fourier * masked_fourier_loss(
             y, target, radius=cfg.mask_radius)

@@ -1218,8 +1218,8 @@ def upsample(lq, scale):
 
 def luma(x):
     """Full-range BT.601 luma of RGB: (B, 3, H, W) -> (B, 1, H, W)."""
-    weights = torch.tensor((0.299, 0.587, 0.114), dtype=x.dtype).to(x.device)
-    return (x * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)
+    weights = x.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)
+    return (x * weights).sum(1, keepdim=True)
 
 
 def studio_y(x):

@@ -1092,6 +1092,16 @@ def test_a_chapter_stores_what_is_its_own_and_loads_the_same_model(tmp_path,
     assert base not in made[0] and base in made[1]           # GenDR-Adc's is its own
 
 
+def test_a_trained_chapter_stores_the_weights_that_it_returns(tmp_path, in_project):
+    run, pairs, _, start = world(tmp_path, dataclasses.replace(MICRO, prior_steps=3))
+    prior = r.chapter_prior(run, pairs)                      # averaged in the end
+    state = load_file(run.folder / "resshift.safetensors")
+    assert state.keys() == prior.state_dict().keys()
+    for name, value in prior.state_dict().items():
+        assert torch.equal(state[name], value), name
+    assert not torch.equal(state["unet.conv_in.bias"], start.unet.conv_in.bias)
+
+
 def test_score_embedding_is_the_papers_formula():
     embed = g.ScoreEmbedding(blocks=3, rank=2)
     assert torch.equal(embed(torch.rand(1, 2))[0, 2], torch.eye(2))
