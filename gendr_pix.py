@@ -908,7 +908,7 @@ def peak_bytes(function):
 
 
 @torch.no_grad()
-def measure(function, cfg, seconds=3.0):
+def measure(function, cfg, seconds):
     """(milliseconds, peak bytes) of function(): after a warm-up the median of the runs
     of so many seconds, one at least.  On CUDA the peak is the allocator's, above what
     was allocated before."""
@@ -981,12 +981,13 @@ def benchmark(models, size):
     x, scores, rows = (2 * x - 1).to(device()), torch.zeros(1, 2, device=device()), {}
     for name, model in models.items():
         cfg = model.unet.cfg
+        seconds = size ** 2 / 1e5        # 2.6 at 512x512
         with folded(model, scores):
-            one, two = (measure(f, cfg) for f in (
+            one, two = (measure(f, cfg, seconds) for f in (
                 lambda: model(x), lambda: guided(model, x, 1.07)))
             h = model.end_in.encode(x)
             z = model.step(h)
-            parts = [measure(f, cfg, 0.5)[0] for f in (
+            parts = [measure(f, cfg, seconds / 5)[0] for f in (
                 lambda: model.end_in.encode(x), lambda: model.step(h),
                 lambda: model.end_out.decode(z))]
         for suffix, (ms, peak) in {"": one, " guided": two}.items():

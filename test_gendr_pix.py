@@ -1506,9 +1506,9 @@ def test_spearman_and_peak_memory_by_hand():
         del y
         z += 1                                               # in place: nothing new
         return z * 2                                         # 8,000 again
-    assert g.measure(function, MICRO)[1] == pytest.approx(8000, abs=64)     # + scalars
+    assert g.measure(function, MICRO, 0.01)[1] == pytest.approx(8000, abs=64)     # + scalars
     layer = nn.Linear(1000, 10).requires_grad_(False)
-    assert g.measure(lambda: layer(x), MICRO)[1] == 40     # no weights, no input
+    assert g.measure(lambda: layer(x), MICRO, 0.01)[1] == 40     # no weights, no input
 
 
 def test_claims_have_floors_and_bars_on_either_side():
@@ -2056,14 +2056,14 @@ def test_every_command_of_the_readme_runs(finished, tmp_path, monkeypatch, capsy
     assert CI <= set(lines) and HAND in lines and len(lines) > 12
     assert all(line in (HERE / ".ci/run").read_text() for line in CI)
     shutil.copytree(finished[0], tmp_path / "runs/tiny")
-    (tmp_path / "tiny_data").symlink_to(HERE / "tiny_data")
-    (tmp_path / "photos").mkdir()
-    cat = Image.open(HERE / "tiny_data/val/other/cat.png").resize((24, 20))
-    for file in ("photo.jpg", "photos/a.png", "photos/b.jpg"):
-        cat.convert("RGB").save(tmp_path / file)
-    shutil.copytree(HERE / "tiny_data/val/other", tmp_path / "DIR")
-    shutil.copytree(HERE / "tiny_data/val/other", tmp_path / "DIR2")
     monkeypatch.chdir(tmp_path)
+    cat = Image.open(HERE / "tiny_data/val/other/cat.png").convert("RGB")
+    for file, size in {"photo.jpg": (24, 20), "photos/a.png": (24, 20), "photos/b.jpg":
+                       (24, 20), "DIR/a.png": (80, 80), "DIR2/a.png": (64, 64),
+                       "tiny_data/val/other/a.png": (64, 64)}.items():
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        cat.resize(size).save(file)
+    (tmp_path / "tiny_data/train").symlink_to(HERE / "tiny_data/train")
     no_backbone(monkeypatch)
     monkeypatch.setattr(g.exact_generator, "__defaults__", (2, 8))
     monkeypatch.setattr(r.exact_table, "__defaults__", ((), 1, 50))
