@@ -1506,7 +1506,8 @@ def test_spearman_and_peak_memory_by_hand():
         del y
         z += 1                                               # in place: nothing new
         return z * 2                                         # 8,000 again
-    assert g.measure(function, MICRO, 0.01)[1] == pytest.approx(8000, abs=64)     # + scalars
+    peak = g.measure(function, MICRO, 0.01)[1]               # and scalars
+    assert peak == pytest.approx(8000, abs=64)
     layer = nn.Linear(1000, 10).requires_grad_(False)
     assert g.measure(lambda: layer(x), MICRO, 0.01)[1] == 40     # no weights, no input
 
