@@ -284,6 +284,7 @@ class FromNoise(ResidualShift):
         return mean, share * (1 - a / b)
 
     def prior_sample(self, y0, noise):
+        """x_T ~ N(0, I), whatever y0."""
         return noise
 
 

@@ -355,7 +355,7 @@ def test_full_size_has_the_papers_multiply_accumulates():
 def test_multiply_accumulates_and_parameters_by_hand():
     class Attend(nn.Conv2d):
         def forward(self, x):
-            q = super().forward(x).flatten(2).mT[:, None]    # (1, 1, 32, 3)
+            q = super().forward(x).flatten(2).mT[:, None]    # (1, 1, 256, 3)
             return F.scaled_dot_product_attention(q, q, q)[:, 0].mT.reshape(x.shape)
 
     class Restorer(nn.Module):
@@ -1927,7 +1927,7 @@ def test_the_scripts_keep_their_shape():
                 assert node.end_lineno - node.lineno < 50, node.name
 
 
-@pytest.mark.xfail(strict=True, reason="the budget is missed, by about 760 lines")
+@pytest.mark.xfail(strict=True, reason="the budget is missed, by about 770 lines")
 def test_the_line_budget():
     lines = [len((HERE / name).read_text().splitlines()) for name in
              ("resshift.py", "gendr_pix.py")]
