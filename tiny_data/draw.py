@@ -109,35 +109,36 @@ def lit(rng, height):
 def set_in(rng, edge, face, joint, gap, bevel, rough):
     """Pieces of colour `face` in mortar; edge: the distance to a piece's border."""
     edge = edge - gap / 2
-    grain = noise(rng, edge.shape, rng.uniform(3, 12), 4)
+    grain = noise(rng, edge.shape, rng.uniform(4, 16), 4)
     mask = (edge + 0.5).clip(0, 1)[..., None]
     height = bevel * np.sqrt((edge / (2 * bevel)).clip(0, 1)) + rough * grain
-    face = face * (1 + 0.4 * rough * grain[..., None])
+    face = face * (1 + 0.3 * rough * grain[..., None])
     joint = joint * (1 + 0.06 * noise(rng, edge.shape, 3, 2)[..., None])
     return (joint + mask * (face - joint)) * lit(rng, height * 0.6)
 
 
 def voronoi(rng, shape, cell):
-    """Cells around scattered points: distance to the border, and the cell's number."""
+    """Cells around scattered points: distance to the border, and the cell's place."""
     x, y = plane(rng, shape, 40, cell / 30, cell)
-    x, y = x / cell, y / cell
-    column, row = np.floor(x), np.floor(y)
-    points = rng.uniform(0.1, 0.9, (64, 64, 2)).astype(np.float32)
-    first = second = np.full(shape, 99, np.float32)
-    at1 = at2 = np.zeros(shape, np.complex64)
+    at = ((x + 1j * y) / cell)[::2, ::2]          # half the resolution is enough here
+    column, row = at.real.astype(int), at.imag.astype(int)
+    points = rng.uniform(0.1, 0.9, (2, 64, 64)).astype(np.float32)
+    points = points[0] + 1j * points[1]
+    first = second = np.full(at.shape, 9 + 9j, np.complex64)     # from here to a point
     for i in (-1, 0, 1):
         for j in (-1, 0, 1):
-            point = points[(row + i).astype(int) % 64, (column + j).astype(int) % 64]
-            at = column + j + point[..., 0] + 1j * (row + i + point[..., 1])
-            far = (at.real - x) ** 2 + (at.imag - y) ** 2
-            nearest = far < first
-            nearer = far < second
-            second = np.where(nearest, first, np.where(nearer, far, second))
-            at2 = np.where(nearest, at1, np.where(nearer, at, at2))
-            first = np.where(nearest, far, first)
-            at1 = np.where(nearest, at, at1)
-    edge = (second - first) / (2 * np.abs(at1 - at2)) * cell
-    return edge, np.floor(at1.real), np.floor(at1.imag)
+            step = points[(row + i) % 64, (column + j) % 64]
+            step += (column + j - at.real) + 1j * (row + i - at.imag)
+            far = np.abs(step)
+            nearest = far < np.abs(first)
+            nearer = far < np.abs(second)
+            second = np.where(nearest, first, np.where(nearer, step, second))
+            first = np.where(nearest, step, first)
+    edge = np.abs(second) ** 2 - np.abs(first) ** 2
+    edge = Image.fromarray(edge / (2 * np.abs(first - second)) * cell)
+    place = (at + first).repeat(2, 0).repeat(2, 1)
+    edge = np.asarray(edge.resize(shape[::-1], Image.BILINEAR))
+    return edge, np.floor(place.real), np.floor(place.imag)
 
 
 def boxed(x, y, width, height):
@@ -159,7 +160,7 @@ def bricks(rng, shape, held_out):
     joint = np.float32(rng.uniform(0.25, 0.85)) * (0.8 + 0.2 * base)
     edge = boxed(x - column * width, y - row * height, width, height)
     return set_in(rng, edge, face, joint, rng.uniform(1.5, 4.5), rng.uniform(0.8, 2),
-                  rng.uniform(0.15, 0.5))
+                  rng.uniform(0.05, 0.3))
 
 
 def tiles(rng, shape, held_out):
@@ -182,13 +183,13 @@ def tiles(rng, shape, held_out):
 
 
 def cloth(rng, shape, held_out):
-    thread = rng.uniform(3.5, 9)
+    thread = rng.uniform(4.5, 11)
     x, y = plane(rng, shape, rng.choice([5, 30]), thread / 12, 25)
     x, y = x / thread, y / thread
     column, row = np.floor(x), np.floor(y)
     step, period, over = [(1, 2, 1), (1, 3, 1), (1, 4, 2), (1, 3, 2)][rng.integers(4)]
     up = (column + step * row) % period < over
-    colours = [colour(rng, (0, 1), (0.05, 0.8), (0.2, 0.95), held_out)
+    colours = [colour(rng, (0, 1), (0.05, 0.7), (0.2, 0.95), held_out)
                for _ in range(4)]
     kind = rng.integers(3)                        # plain, two-coloured or checked
     first = np.tile(colours[0], (64, 1))
@@ -208,16 +209,17 @@ def cloth(rng, shape, held_out):
 
 def paving(rng, shape, held_out, cell=(24, 70), gap=(2, 6), bevel=(1, 3)):
     edge, column, row = voronoi(rng, shape, rng.uniform(*cell))
-    base = colour(rng, (0, 1), (0.02, 0.35), (0.35, 0.8), held_out)
+    hue = (0, 0.16) if rng.random() < 0.6 else (0, 1)
+    base = colour(rng, hue, (0.02, 0.35), (0.4, 0.85), held_out)
     odd = per_cell(rng, column, row, 4)
-    face = base * (1 + 0.18 * odd[..., :1]) + 0.03 * odd[..., 1:]
+    face = base * (1 + 0.18 * odd[..., :1]) + 0.02 * odd[..., 1:]
     joint = base * np.float32(rng.uniform(0.25, 0.6))
     return set_in(rng, edge, face, joint, rng.uniform(*gap), rng.uniform(*bevel),
-                  rng.uniform(0.15, 0.6))
+                  rng.uniform(0.08, 0.35))
 
 
 def pebbles(rng, shape, held_out):
-    return paving(rng, shape, held_out, (7, 24), (0.8, 2), (1.5, 4))
+    return paving(rng, shape, held_out, (10, 26), (0.8, 2), (1.5, 4))
 
 
 def wood(rng, shape, held_out):
@@ -260,20 +262,20 @@ def shingles(rng, shape, held_out):
     bow = rng.choice([0, 0.3, 0.5]) * height
     x, y = plane(rng, shape, 5, rng.uniform(0.2, 0.6), 15)
     row = np.floor(y / height)
-    for _ in range(2):                            # the bow may belong to the row above
-        column = np.floor(x / width + row / 2)
-        u = x + row * width / 2 - column * width
-        lower = row * height + bow * (2 * u / width - 1) ** 2
-        row = row - (y < lower) * (row * height > y - height)
+    above = (x / width + row / 2 + 0.5) % 1       # the row above hangs over this one
+    row = row - (y < row * height + bow * (1 - (2 * above - 1) ** 2))
     column = np.floor(x / width + row / 2)
-    u = x + row * width / 2 - column * width
-    v = row * height + height + bow * (2 * u / width - 1) ** 2 * 0 - y
-    base = colour(rng, (0, 1), (0.05, 0.6), (0.3, 0.75), held_out)
+    u = x / width + row / 2 - column
+    above = (u + 0.5) % 1
+    top = row * height + bow * (1 - (2 * above - 1) ** 2)
+    bottom = (row + 1) * height + bow * (1 - (2 * u - 1) ** 2)
+    hue = (0, 0.16) if rng.random() < 0.6 else (0, 1)
+    base = colour(rng, hue, (0.05, 0.6), (0.3, 0.8), held_out)
     odd = per_cell(rng, column, row, 4)
     face = base * (1 + 0.15 * odd[..., :1]) + 0.02 * odd[..., 1:]
-    face = face * (0.7 + 0.3 * (1 - v / height).clip(0, 1)[..., None])
-    edge = np.minimum(np.minimum(u, width - u), v.clip(0))
-    return set_in(rng, edge, face, base * 0.25, 1.5, 1.2, rng.uniform(0.1, 0.4))
+    face = face * (0.6 + 0.4 * ((y - top) / height * 2).clip(0, 1)[..., None])
+    edge = np.minimum(width * np.minimum(u, 1 - u), bottom - y)
+    return set_in(rng, edge, face, base * 0.25, 1.5, 1.2, rng.uniform(0.05, 0.25))
 
 
 def poster(rng, shape, held_out):
