@@ -32,10 +32,10 @@ cobalt rhythm glacier pumpkin whisper yellow buffalo dwarf chimney equinox jigsa
 meadow nectar opal parsley quiver ribbon saddle tunnel umbrella violin wizard exhibit
 yarrow zigzag acorn biscuit candle dolphin emerald feather giraffe hazel island jungle
 kingdom lemon marble needle""".split()
-HELD_OUT_FONTS = ("DejaVuSerif-Italic", "DejaVuSans-BoldOblique")  # a serif, a sans
+HELD_OUT_FONTS = ("DejaVuSerif-BoldItalic", "DejaVuSans-BoldOblique")  # a serif, a sans
 FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono
 DejaVuSansMono-Bold DejaVuSansMono-Oblique DejaVuSerif DejaVuSerif-Bold
-DejaVuSerif-BoldItalic STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta
+DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta
 cmr10 cmb10 cmss10 cmtt10 cmti10""".split()
 
 
