@@ -21,6 +21,7 @@ import tempfile
 import time
 import tokenize
 import urllib.error
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -735,29 +736,27 @@ def test_a_chapter_on_streamed_pairs_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
-def killed_and_resumed(folder, kills, dice):
-    """The run of `whole` in processes of their own, killed `kills` times at random
-    moments and resumed: its weights, {name: bytes}."""
-    words, died = [sys.executable, __file__, folder, "5", "4"], 0
-    for _ in range(kills):
-        process = subprocess.Popen([*map(str, words)], stdout=subprocess.DEVNULL,
+def killed_and_resumed(folder, chapters):
+    """The run of `whole` in processes of their own, killed soon after the first
+    checkpoint of each of these chapters and resumed: its weights, {name: bytes}."""
+    words = [sys.executable, __file__, str(folder), "5", "4"]
+    for name in chapters:
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL, env=one_thread())
-        try:
-            process.wait(dice.uniform(5, 12))
-        except subprocess.TimeoutExpired:
-            process.kill()                                   # SIGKILL
-            died += process.wait() < 0
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True,
-                          env=one_thread())
+        while not (folder / f"{name}.ckpt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.1))
+        process.kill()                                       # SIGKILL
+        process.wait()
+    done = subprocess.run(words, capture_output=True, text=True, env=one_thread())
     assert done.returncode == 0, done.stderr[-2000:]
-    assert died >= kills / 2             # the others came after the run's end
     return weights(folder)
 
 
 def test_a_process_killed_and_resumed_ends_with_the_same_weights(whole, tmp_path):
     assert len(weights(whole[0].folder)) == len(g.CHAPTERS)
-    killed = killed_and_resumed(tmp_path / "run", 1, random.Random(0))
-    assert killed == weights(whole[0].folder)
+    assert killed_and_resumed(tmp_path / "run", ["gendr"]) == weights(whole[0].folder)
 
 
 @pytest.mark.parametrize("start", ["scratch", "toy"])
@@ -771,7 +770,7 @@ def test_two_processes_equal_one_with_both_halves_of_the_batch(start, tmp_path,
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone",
          "--nproc_per_node=2", here, str(tmp_path / "two"), "3", "2", start],
-        env=one_thread(), capture_output=True, text=True, timeout=280)
+        env=one_thread(), capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     train = r.train
 
@@ -2101,7 +2100,8 @@ def test_masked_fourier_loss_of_a_period_8_pattern_in_closed_form():
 
 def test_discriminator_reads_the_end_of_every_level():
     gendr, _ = awake_restorer()
-    critic, h = g.Discriminator(gendr, MICRO), randn(1, 16, 8, 8)
+    critic = g.Discriminator(gendr.requires_grad_(False), MICRO)
+    h = randn(1, 16, 8, 8)
     seen = []
     block = critic.backbone.unet.down_blocks[0]
     block.attentions[-1].register_forward_hook(lambda m, x, y: seen.append(y))
@@ -2256,7 +2256,7 @@ def test_stage_twos_loss_is_the_papers(monkeypatch, tmp_path, micro_pool):
 
 class Blur(nn.Module):
     """A translation-equivariant stand-in for a restorer."""
-    end_out, lora = r.PixelShuffle(8), None
+    end_out, lora, end_lora = r.PixelShuffle(8), None, None
 
     def __init__(self):
         super().__init__()
@@ -2530,7 +2530,8 @@ def one_thread():
 def command(script, *arguments, cwd=HERE):
     """Run a script in its own process, on one thread."""
     return subprocess.run([sys.executable, script, *map(str, arguments)], cwd=cwd,
-                          env=one_thread(), capture_output=True, text=True, timeout=280)
+                          env=one_thread(), capture_output=True, text=True,
+                          timeout=1800)
 
 
 VAL = tempfile.mkdtemp()                 # two small held-out pictures
@@ -2569,7 +2570,8 @@ def test_train_goes_through_every_chapter_and_ends_with_its_tables(finished):
         "GenDR guidance", "GenDR-Pix PadCFG"}
     for name, cells in rows.items():
         form = r.MEASURES["psnr"]
-        assert cells[0] == format(metrics["table"][name]["psnr"], form)
+        value = metrics["table"][name]["psnr"]               # JSON has no infinity
+        assert cells[0] == ("inf" if value is None else format(value, form))
         assert len(metrics["table"][name]["each"]) == 2      # a row a picture
     passed = g.print_claims(metrics["claims"])
     assert done.returncode == (0 if passed else 1)
@@ -2664,7 +2666,7 @@ def test_a_picture_goes_in_and_comes_out_four_times_larger(finished, tmp_path,
                                                            monkeypatch, capsys):
     lq = Image.open(HERE / "tiny_data/val/other/dahlia.png").convert("RGB")
     lq.resize((45, 37)).save(tmp_path / "lq.png")
-    for model, how in (("pix", ()), ("pix", ("--passes", 2)), ("gendr", ("--tile", 96)),
+    for model, how in (("pix", ()), ("pix", ("--passes", 2)), ("gendr", ("--tile", 128)),
                        ("resshift", ())):
         up = tmp_path / f"{model}{len(how)}.png"
         code, _, error = here(monkeypatch, capsys, "--input", tmp_path / "lq.png",
@@ -2717,7 +2719,7 @@ def test_alpha_depth_and_animation_are_refused_or_dropped_with_a_word(
     Image.fromarray(deep).save(tmp_path / "depth.png")
     for file, word in (("alpha.png", "transparency"), ("animation.gif", "animation"),
                        ("animation.webp", "animation"), ("depth.png", "8 bits")):
-        up = tmp_path / f"up_{word}.png"
+        up = tmp_path / f"up.{file}.png"
         code, _, error = here(monkeypatch, capsys, "--input", tmp_path / file, "--run",
                               finished[0], "--output", up)
         assert code == (2 if file == "depth.png" else 0) and (code == 0) == up.exists()
@@ -2874,7 +2876,7 @@ def test_no_statement_has_more_than_100_tokens_but_tables(name):
             last = node.end_lineno
             if getattr(node, "body", None):      # its head: if, for, def, class, with
                 last = node.body[0].lineno - 1
-            size = sum(node.lineno <= row <= last for row in rows)
+            size = bisect_right(rows, last) - bisect_left(rows, node.lineno)
             if size > 100:
                 long.append((node.lineno, size))
     assert not long
@@ -3051,9 +3053,9 @@ if __name__ == "__main__":               # FOLDER STEPS BATCH [toy], for the tes
         cfg = careful(*map(int, sys.argv[2:4]), *sys.argv[4:])
         trained_anew(sys.argv[1], cfg, a_pool(cfg))
 
-    def by_hand():                       # 20 kills, minutes
+    def by_hand():                       # a kill in every chapter
         folder = Path(tempfile.mkdtemp())
-        one = killed_and_resumed(folder / "a", 0, None)
-        assert killed_and_resumed(folder / "b", 20, random.Random()) == one
-        print("20 kills: bit-identical weights")
+        one = killed_and_resumed(folder / "a", [])
+        assert killed_and_resumed(folder / "b", g.CHAPTERS) == one
+        print(f"{len(g.CHAPTERS)} kills: bit-identical weights")
     r.command_line(main if sys.argv[1:] else by_hand)
