@@ -3056,6 +3056,6 @@ if __name__ == "__main__":               # FOLDER STEPS BATCH [toy], for the tes
     def by_hand():                       # a kill in every chapter
         folder = Path(tempfile.mkdtemp())
         one = killed_and_resumed(folder / "a", [])
-        assert killed_and_resumed(folder / "b", g.CHAPTERS) == one
-        print(f"{len(g.CHAPTERS)} kills: bit-identical weights")
+        assert killed_and_resumed(folder / "b", TAUGHT) == one
+        print(f"{len(TAUGHT)} kills: bit-identical weights")
     r.command_line(main if sys.argv[1:] else by_hand)
