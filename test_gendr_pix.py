@@ -2194,8 +2194,8 @@ def test_a_picture_goes_in_and_comes_out_four_times_larger(finished, tmp_path,
                                                            monkeypatch, capsys):
     lq = Image.open(HERE / "tiny_data/val/other/dahlia.png").convert("RGB")
     lq.resize((45, 37)).save(tmp_path / "lq.png")
-    for model, how in (("pix", ()), ("pix", ("--passes", 2)), ("gendr", ("--tile", 128)),
-                       ("resshift", ())):
+    for model, how in (("pix", ()), ("pix", ("--passes", 2)),
+                       ("gendr", ("--tile", 128)), ("resshift", ())):
         up = tmp_path / f"{model}{len(how)}.png"
         code, _, error = here(monkeypatch, capsys, "--input", tmp_path / "lq.png",
                               "--run", finished[0], "--output", up, "--model", model,
