@@ -2445,9 +2445,7 @@ def test_every_claim_is_judged_the_right_way_round():
             ("regression", "psnr", 18.5): {"regression, PSNR - bicubic's"},
             ("regression", "st_lpips", 0.1): {"GenDR, ST-LPIPS / regression's"},
             ("GenDR", "psnr", 17.5): {"GenDR, PSNR - bicubic's"},
-            ("GenDR-Adc", "psnr", 18.5): {"GenDR-Adc, PSNR - GenDR's"},
             ("GenDR-Adc", "st_lpips", 0.2): {"GenDR-Adc, ST-LPIPS / GenDR's"},
-            ("GenDR-Pix", "psnr", 18.5): {"GenDR-Pix, PSNR - GenDR's"},
             ("GenDR-Pix", "st_lpips", 0.2): {"GenDR-Pix, ST-LPIPS / GenDR's"},
             ("GenDR-Pix", "lattice", 9.0): {"GenDR-Pix, lattice peak - HQ's"}}.items():
         assert missed(3, [(name, key, value)]) == expected, (name, key)
@@ -2458,6 +2456,7 @@ def test_every_claim_is_judged_the_right_way_round():
     assert missed(4, ms=8.0) == {f"GenDR-Pix, times faster{guidance}"
                                  for guidance in ("", ", guidance")}
     assert missed(4, [("VAE", "psnr", 20.0)]) == {"VAE, PSNR"}
+    assert missed(4, [("GenDR-Pix", "psnr", 18.5)]) == {"GenDR-Pix, PSNR - GenDR's"}
 
 
 def test_the_floors_are_the_issues():
