@@ -2909,10 +2909,6 @@ def test_resshift_stands_alone_and_names_are_imported_one_by_one():
 
 
 # ---- the README ----------------------------------------------------------------------
-README_FOLLOWS = pytest.mark.xfail(reason="README follows", strict=False)
-
-
-@README_FOLLOWS
 def test_the_readmes_table_is_the_expected_runs():
     metrics = json.loads((HERE / "tiny_data/expected/metrics.json").read_text())
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
@@ -3002,7 +2998,6 @@ def test_the_readmes_golden_number(capsys):
     assert capsys.readouterr().out.strip() == block.rpartition("# ")[2].strip()
 
 
-@README_FOLLOWS
 def test_the_readme_is_short_and_names_what_exists():
     text = (HERE / "README.md").read_text()
     assert sum(any(map(str.isalnum, word)) for word in text.split()) <= 2500
@@ -3028,7 +3023,6 @@ def readme_commands():
 CI = {"python gendr_pix.py --train --tiny", "python -m pytest -q"}      # in .ci/run
 
 
-@README_FOLLOWS
 def test_every_command_of_the_readme_is_one():
     """All flags and names are known; nothing is trained."""
     lines = readme_commands()
