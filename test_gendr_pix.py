@@ -46,8 +46,9 @@ import resshift as r
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("resshift.py", "gendr_pix.py")
 STEPS = ("vae_steps", "decoder_steps", "prior_steps", "estimator_steps", "start_steps",
-         "gendr_steps", "adc_steps", "pix_steps")
-TAUGHT = ["vae", "decoder", *list(g.CHAPTERS)[1:]]   # the names of all training loops
+         "gendr_steps", "adc_steps", "pix_steps", "critic_steps")
+TAUGHT = ["vae", "decoder", *list(g.CHAPTERS)[1:-2],     # the names of all training loops
+          "adc critic", "adc", "pix critic", "pix"]
 MICRO = r.preset("tiny")._replace(
     train_data=str(HERE / "tiny_data/train"),
     val_data=str(HERE / "tiny_data/val/other"), val_draws=1, crop=32, pool=4, batch=4,
@@ -915,9 +916,9 @@ class L1Norm(nn.Module):
 # ---- resshift.py, 7: chapter 1 -------------------------------------------------------
 
 
-def step_of(monkeypatch, folder, pool, chapter, cfg, which=0):
-    """(step, rates, models before it, model): what a chapter would train, `which` of
-    its loops; nothing is trained."""
+def step_of(monkeypatch, folder, pool, chapter, cfg, which=-1):
+    """(step, rates, models before it, model): what a chapter would train, the last of
+    its loops unless `which` says another; nothing is trained."""
     caught, script = [], r if chapter in r.CHAPTERS else g
     before = list(g.CHAPTERS)[:list(g.CHAPTERS).index(chapter)]
     run, pool = r.Run(folder, cfg), dict(pool)
@@ -2127,9 +2128,39 @@ def test_adversarial_losses_are_the_softplus_formulas():
     fake, real = (critic.features(randn(2, 16, 4, 4, seed=s)) for s in (0, 1))
     on_fake, on_real = critic.judge(fake), critic.judge(real)
     assert on_fake.shape == (2, 16 + 4 + 4)                  # of 4x4, 2x2 and 2x2
-    close(critic.loss(fake, real), torch.log1p(on_fake.exp()).mean()
+    d = critic.loss(fake, real)
+    close(d["d"], torch.log1p(on_fake.exp()).mean()
           + torch.log1p((-on_real).exp()).mean(), 1e-5)
+    close(d["right"], (torch.cat([on_fake < 0, on_real > 0]).float()).mean(), 1e-6)
+    assert not d["right"].requires_grad
     close(critic.fooled(fake), torch.log1p((-on_fake).exp()).mean(), 1e-5)
+
+
+def test_a_critic_learns_to_tell_features_apart_by_what_lies_beside_them(tmp_path):
+    """Two kinds of features with the same values at every position, in rows and in
+    columns: a head that sees one position, or normalises, is right half of the time."""
+    gendr, _ = awake_restorer()
+    critic = g.Discriminator(gendr, MICRO)
+    stripes = torch.arange(4).remainder(2).float() * 2 - 1
+    kinds = [f.expand(2, n, side, side) for f, n, side in (
+        (stripes[:, None], 16, 4), (stripes[:2, None], 32, 2), (stripes[:2, None], 32, 2))]
+    fake, real = kinds, [f.transpose(2, 3) for f in kinds]
+    adam, = r.optimizers_of(critic)
+    assert adam.defaults["betas"] == critic.betas
+    for _ in range(30):
+        losses = critic.loss(fake, real)
+        r.descend(critic, [adam], losses, 3e-3, 1.0, "critic")
+    assert losses["right"] > 0.95
+
+
+def test_the_critic_trains_alone_before_its_generator(monkeypatch, tmp_path):
+    run = SimpleNamespace(cfg=MICRO._replace(critic_steps=7))
+    student, critic, seen = nn.Linear(1, 1), nn.Linear(1, 1), []
+    monkeypatch.setattr(g, "train", lambda *how: seen.append(how))
+    g.critic_first(run, "pix", critic, lambda *_: {student: 1, critic: 2}, {})
+    (_, name, steps, rates, step, *_), = seen
+    assert (name, steps, rates) == ("pix critic", 7, {critic: MICRO.critic_rate})
+    assert step(None, rng()) == {critic: 2}
 
 
 def test_the_critic_sees_a_picture_at_its_phase():
@@ -2207,7 +2238,8 @@ def test_gendrs_step_has_three_players_with_losses_of_their_own(
     close(moves[fake]["fake"], error, 1e-5)
     features = critic.features(z)
     close(moves[student]["adv"], 0.1 * critic.fooled(features), 1e-5)
-    close(moves[critic]["d"], critic.loss(features, critic.features(batch.z_hq)), 1e-5)
+    close(moves[critic]["d"], critic.loss(features, critic.features(batch.z_hq))["d"],
+          1e-5)
     assert gradient_reaches(moves[student]["adv"], student)
     assert not gradient_reaches(moves[critic]["d"], student)
     assert not gradient_reaches(moves[fake]["fake"], student)
@@ -2229,7 +2261,7 @@ def test_stage_ones_loss_is_the_papers(monkeypatch, tmp_path, micro_pool):
     close(moves[student]["L1"], (z - z_tea).abs().mean(), 1e-5)
     close(moves[student]["adv"], 0.2 * critic.fooled(critic.features(z)), 1e-5)
     real = critic.features(batch.z_hq)
-    close(moves[critic]["d"], critic.loss(critic.features(z), real), 1e-5)
+    close(moves[critic]["d"], critic.loss(critic.features(z), real)["d"], 1e-5)
     assert gradient_reaches(moves[student]["adv"], student)
     assert not gradient_reaches(moves[critic]["d"], student)
     assert gradient_reaches(moves[critic]["d"], critic)
@@ -2254,7 +2286,11 @@ def test_stage_twos_loss_is_the_papers(monkeypatch, tmp_path, micro_pool):
     close(own["lpips"], 0.5 * perceptual()(y, y_tea).mean(), 1e-4)
     fourier = g.masked_fourier_loss(y, y_tea, radius=0)
     close(own["fourier"], 0.3 * fourier, 1e-5)
-    close(moves[critic]["d"], critic.loss(seen, critic.look(batch.hq, (0, 0))), 1e-5)
+    d = critic.loss(seen, critic.look(batch.hq, (0, 0)))
+    close(moves[critic]["d"], d["d"], 1e-5)
+    close(moves[critic]["right"], d["right"], 1e-6)
+    away = critic.loss(critic.look(y[:2], (4, 4)), critic.look(batch.hq[:2], (4, 4)))
+    close(moves[critic]["right 4 pixels on"], away["right"], 1e-6)
     assert all(gradient_reaches(loss, student) for loss in own.values())
     assert not gradient_reaches(moves[critic]["d"], student)
 
@@ -2507,16 +2543,18 @@ def test_ablation_trains_every_row_and_goes_on_where_it_stopped(
     g.ablate(run, held, seeds=1)
     rows = table_of((run.folder / "ablation.md").read_text(), "1 steps")
     assert set(g.ABLATION) <= set(rows)
-    assert {f"Pix{passes}" for passes in g.PASSES} <= set(rows)
+    assert {f"Pix: {passes}" for passes in g.PASSES} <= set(rows)
     assert all(p.read_bytes() == v for p, v in before.items())   # not trained again
     for name, cells in table_of(first, "1 steps").items():
         assert cells[:5] == rows[name][:5]                   # all but the time
-    pix = (run.folder / "rows/Pix 0/pix.safetensors").read_bytes()
+    pix = (run.folder / "rows/Pix: random padding 0/pix.safetensors").read_bytes()
     for name in g.ABLATION:
-        if name.startswith("Pix: "):
+        if name.startswith("Pix: ") and name != "Pix: random padding":
             other = run.folder / "rows" / f"{name} 0/pix.safetensors"
             assert other.read_bytes() != pix, name           # its change is a change
-    assert os.path.samefile(run.folder / "rows/Pix 0/gendr.safetensors",
+    array = np.array(Image.open(run.folder / "collapse.png").convert("RGB"))
+    assert array.shape[1] > 1000 and array.std() > 20
+    assert os.path.samefile(run.folder / "rows/Pix: random padding 0/gendr.safetensors",
                             run.folder / "gendr.safetensors")
     for script in (r, g):
         monkeypatch.setattr(script, "train", None)           # nothing is left to train
@@ -3055,6 +3093,48 @@ def test_every_command_of_the_readme_is_one():
                 assert "--set" in words, line
 
 
+# ---- The solution of an exercise, by hand: python test_gendr_pix.py plain 2.5 --------
+class PlainNetwork(nn.Module):
+    """Six residual blocks of 48 channels on LQ itself, then pixel-shuffle x 4; no
+    diffusion, no prior: lq (B, 3, h, w) -> (B, 3, 4 h, 4 w), added to bicubic."""
+    def __init__(self, width=48, blocks=6):
+        super().__init__()
+        self.conv_in = r.conv3x3(3, width)
+        self.blocks = nn.ModuleList(nn.Sequential(
+            r.conv3x3(width, width), nn.SiLU(), r.conv3x3(width, width))
+            for _ in range(blocks))
+        self.conv_out = r.conv3x3(width, 3 * 4 ** 2)
+
+    def forward(self, lq):
+        h = self.conv_in(lq)
+        for block in self.blocks:
+            h = h + block(h)
+        return r.upsample(lq, 4) + F.pixel_shuffle(self.conv_out(h), 4)
+
+
+def plain_network(minutes):
+    """L1 on tiny's pairs for so many minutes, Adam, half a cosine over the time; its
+    row of the README's first table."""
+    cfg = r.preset("tiny")
+    pool, held, perceptual = r.make_pool(cfg), r.held_out(cfg), r.Perceptual()
+    torch.manual_seed(0)
+    network = PlainNetwork()
+    adam, dice = torch.optim.Adam(network.parameters()), rng()
+    started, done, steps = time.time(), 0.0, 0
+    while done < 1:
+        rows = torch.randint(cfg.pool, (8,), generator=dice)
+        batch = r.batch_of({key: column[rows] for key, column in pool.items()})
+        loss = F.l1_loss(network(batch.lq), batch.hq)
+        adam.zero_grad()
+        loss.backward()
+        adam.param_groups[0]["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * done))
+        adam.step()
+        done, steps = (time.time() - started) / (60 * minutes), steps + 1
+    network.requires_grad_(False)
+    table = r.evaluate({"plain network": lambda pair: network(pair.lq)}, held, perceptual)
+    r.print_table(f"{steps} steps, {minutes} minutes", table, r.MEASURES)
+
+
 if __name__ == "__main__":               # FOLDER STEPS BATCH, for the tests above
     def main():
         cfg = careful(*map(int, sys.argv[2:4]))
@@ -3065,4 +3145,7 @@ if __name__ == "__main__":               # FOLDER STEPS BATCH, for the tests abo
         one = killed_and_resumed(folder / "a", [])
         assert killed_and_resumed(folder / "b", TAUGHT) == one
         print(f"{len(TAUGHT)} kills: bit-identical weights")
-    r.command_line(main if sys.argv[1:] else by_hand)
+    if sys.argv[1:2] == ["plain"]:
+        plain_network(float(sys.argv[2]))
+    else:
+        r.command_line(main if sys.argv[1:] else by_hand)
