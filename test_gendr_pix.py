@@ -960,6 +960,7 @@ def test_vae_and_decoder_losses_are_the_reconstructions_and_kl_or_perceptual(
     losses = step(batch, rng(2))[module]
     again = rng(2)
     low = torch.rand(4, generator=again) < 0.25
+    torch.rand((), generator=again)                          # which size
     x = torch.where(low.view(4, 1, 1, 1), r.upsample(batch.lq, 4), batch.hq)
     mean, logvar = vae.posterior(x)
     q = torch.distributions.Normal(mean, (logvar / 2).exp())
@@ -977,6 +978,18 @@ def test_vae_and_decoder_losses_are_the_reconstructions_and_kl_or_perceptual(
         inside = {id(p) for p in module.parameters()}
         assert inside == {id(p) for n, p in vae.named_parameters()
                           if n.startswith(("decoder.", "post_quant_conv."))}
+
+
+def test_half_of_the_vaes_batches_are_a_few_whole_crops(monkeypatch, tmp_path):
+    cfg, seen = MICRO._replace(crop=64, vae_crop=32), []
+    step, *_ = step_of(monkeypatch, tmp_path / "64", a_pool(cfg), "vae", cfg)
+    monkeypatch.setattr(r.VAE, "decode", lambda vae, z: seen.append(z.shape) or
+                        torch.zeros(len(z), 3, 8 * z.shape[2], 8 * z.shape[3]))
+    hq = torch.zeros(4, 3, 64, 64)
+    for seed in range(20):
+        step(SimpleNamespace(hq=hq, lq=hq[..., :16, :16]), rng(seed))
+    assert set(seen) == {(4, 16, 4, 4), (1, 16, 8, 8)}
+    assert 4 < seen.count((1, 16, 8, 8)) < 16
 
 
 def test_the_decoders_own_steps_leave_the_latents_alone(tmp_path, micro_pool):
