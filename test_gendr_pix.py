@@ -3055,8 +3055,147 @@ def test_every_command_of_the_readme_is_one():
                 assert "--set" in words, line
 
 
-if __name__ == "__main__":               # FOLDER STEPS BATCH, for the tests above
-    def main():
+# ---- homework: python test_gendr_pix.py --homework q_sample pad_cfg ------------------
+PROJECT = (*SCRIPTS, "test_gendr_pix.py", "requirements.txt", "README.md", "LICENSE",
+           ".gitignore", ".ci", "tiny_data")
+
+
+def public():
+    """[("function" or "Class.method", script, its node)] of both scripts."""
+    found = []
+    for script in SCRIPTS:
+        for node in source(script)[1].body:
+            methods = node.body if isinstance(node, ast.ClassDef) else []
+            for part in (node, *methods):
+                if isinstance(part, ast.FunctionDef) and part.name[0] != "_":
+                    label = part.name if part is node else f"{node.name}.{part.name}"
+                    found.append((label, script, part))
+    return found
+
+
+def called(word):
+    """What a word names: a function or Class.method; else the chain's method, so that
+    `posterior` is `ResidualShift.posterior`; else the one method of that name."""
+    functions = public()
+    for ending in (word, f"ResidualShift.{word}", f".{word}"):
+        found = [row for row in functions if row[0] == ending
+                 or ending.startswith(".") and row[0].endswith(ending)]
+        if len(found) > 1:
+            several = ", ".join(f"{label} in {script}" for label, script, _ in found)
+            raise r.UserError(f"{word}: ambiguous: {several}")
+        if found:
+            return found[0]
+    raise r.UserError(f"{word}: no public function or method has this name")
+
+
+def graders(label):
+    """The tests whose code names a function as `r.psnr`, `g.fold`; a method and its
+    class (`forward`: the class alone).  Where no test does, all that fail grade it."""
+    owner, _, name = label.rpartition(".")
+    tests = []
+    for test in source("test_gendr_pix.py")[1].body:
+        if not getattr(test, "name", "").startswith("test_"):
+            continue
+        dotted = [node for node in ast.walk(test) if isinstance(node, ast.Attribute)]
+        ours = {n.attr for n in dotted if getattr(n.value, "id", None) in ("r", "g")}
+        method = name == "forward" or name in {node.attr for node in dotted}
+        if owner in ours and method if owner else name in ours:
+            tests.append(test.name)
+    return tests
+
+
+def body_of(node):
+    """(first, last) line of a function after its docstring."""
+    first = node.body[0].lineno
+    if ast.get_docstring(node):
+        first = node.body[0].end_lineno + 1
+    return first, node.end_lineno
+
+
+def homework(words, folder=Path("homework")):
+    """Copy the project into a folder with the bodies of these functions blanked; print
+    which tests grade them.  A conftest.py keeps the project's own `pytest` out."""
+    if not words:
+        raise r.UserError("--homework: name functions: q_sample, ResidualShift.sample")
+    chosen = {called(word)[0]: called(word) for word in words}
+    if folder.exists():
+        raise r.UserError(f"{folder}: exists, perhaps with somebody's work")
+    for name in PROJECT:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
+        copy(HERE / name, folder / name)
+    (folder / "conftest.py").write_text('collect_ignore = ["test_gendr_pix.py"]\n')
+    lines = {script: source(script)[0].splitlines() for script in SCRIPTS}
+    tests = {label: graders(label) for label in chosen}
+    sizes = {}
+    # From below, so that the lines above keep their numbers.
+    for label, script, node in sorted(chosen.values(), key=lambda row: -row[2].lineno):
+        first, last = body_of(node)
+        body = lines[script][first - 1:last]
+        sizes[label] = sum(line.strip()[:1] not in ("", "#") for line in body)
+        lines[script][first - 1:last] = [
+            " " * node.body[0].col_offset + "raise NotImplementedError"]
+    for script, text in lines.items():
+        (folder / script).write_text("\n".join(text) + "\n")
+    print(f"{folder}: write what raises NotImplementedError; docstrings say what.")
+    for label, script, node in chosen.values():
+        print(f"\n{label} ({script}, line {node.lineno}; solution: {sizes[label]}), "
+              "graded by")
+        for name in tests[label] or ["no test that names it: by all that fail now"]:
+            print(f"    {name}")
+    every = dict.fromkeys(name for label in chosen for name in tests[label])
+    some = f' -k "{" or ".join(every)}"' if all(tests.values()) else ""
+    print(f"\ncd {folder} && python -m pytest -q test_gendr_pix.py{some}")
+
+
+def test_homework_is_graded_by_tests_that_fail_until_the_body_is_back(tmp_path,
+                                                                      capsys):
+    folder = tmp_path / "homework"
+    homework(["input_scale"], folder)
+    printed = capsys.readouterr().out
+    words = shlex.split(printed.splitlines()[-1].partition("&& python ")[2])
+    named = graders("ResidualShift.input_scale")
+    assert len(named) == 2 and all(name in printed for name in named)
+    assert "solution: 3)" in printed and words[-1] == " or ".join(named)
+
+    def grade():
+        done = subprocess.run([sys.executable, *words], cwd=folder, env=one_thread(),
+                              capture_output=True, text=True, timeout=600)
+        return done.returncode, done.stdout.splitlines()[-1]
+    code, last = grade()
+    assert code == 1 and last.startswith("2 failed") and "passed" not in last
+    whole, blank = (HERE / "resshift.py").read_text(), folder / "resshift.py"
+    first, end = body_of(called("ResidualShift.input_scale")[2])
+    kept = blank.read_text().splitlines(), whole.splitlines()
+    assert kept[0][:first - 1] == kept[1][:first - 1]        # signature, docstring
+    assert kept[0][first - 1:first] == ["        raise NotImplementedError"]
+    assert kept[0][first:] == kept[1][end:]
+    assert (folder / "gendr_pix.py").read_text() == (HERE / "gendr_pix.py").read_text()
+    blank.write_text(whole)
+    code, last = grade()
+    assert code == 0 and last.startswith("2 passed")
+
+
+def test_homework_takes_a_name_where_it_is_clear(tmp_path):
+    assert called("posterior")[0] == "ResidualShift.posterior"       # not the VAE's
+    assert called("VAE.posterior")[0] == "VAE.posterior"
+    assert called("sample")[0] == "sample" and called("merged")[0] == "LoRALayer.merged"
+    script, node = called("pad_cfg")[1:]
+    assert script == "gendr_pix.py" and node.name == "pad_cfg"
+    for words, said in ((["encode"], "VAE.encode"), (["nothing"], "nothing"),
+                        (["__init__"], "__init__"), (["fold", "step.x"], "step.x"),
+                        ([], "name")):
+        with pytest.raises(r.UserError, match=re.escape(said)) as refused:
+            homework(words, tmp_path / "new")
+        assert "\n" not in str(refused.value) and not (tmp_path / "new").exists()
+    with pytest.raises(r.UserError, match="exists"):
+        homework(["fold"], tmp_path)
+
+
+if __name__ == "__main__":
+    def main():                          # FOLDER STEPS BATCH, for the tests above
+        if sys.argv[1] == "--homework":
+            return homework(sys.argv[2:])
         cfg = careful(*map(int, sys.argv[2:4]))
         trained_anew(sys.argv[1], cfg, a_pool(cfg))
 
