@@ -57,8 +57,7 @@ MICRO = r.preset("tiny")._replace(
     head_width=16, groups=8, context_tokens=2, context_width=8,
     vae_widths=(8, 8, 8, 16), vae_groups=4, vae_crop=32, lora_rank=4, fake_rank=4,
     estimator_width=4, save_every=2, log_every=100, warmup=1, seed=3, vae_weights="",
-    prior_weights="",
-    **dict.fromkeys(STEPS, 0))
+    prior_weights="", mosaic=0.0, **dict.fromkeys(STEPS, 0))
 
 
 def rng(seed=0):
@@ -653,7 +652,7 @@ def test_every_chapter_overfits_one_pair(chapter, loss, steps, factor, tmp_path)
 
 
 WHOLE = MICRO._replace(**dict.fromkeys(STEPS, 5), negative=0.3, distill="cid",
-                       lambda_distill_adv=0.1)
+                       lambda_distill_adv=0.1, mosaic=0.5)
 
 
 @pytest.fixture(scope="session")
@@ -1011,6 +1010,35 @@ def test_latents_have_unit_variance(whole, micro_pool):
     vae = whole[1]["vae"]
     z = vae.encode(r.from_bytes(micro_pool["hq"]))
     assert z.std().item() == pytest.approx(1, rel=1e-4)
+
+
+def test_a_batch_is_laid_out_four_to_one():
+    batch = SimpleNamespace(hq=randn(8, 3, 16, 16), lq=randn(8, 3, 4, 4),
+                            scores=torch.zeros(8, 2), z_hq=randn(8, 16, 2, 2))
+    laid = r.four_to_one(batch, rng(), MICRO._replace(mosaic=1.0))
+    assert set(vars(laid)) == {"hq", "lq", "z_hq"}
+    for key, x in vars(laid).items():
+        one, side = getattr(batch, key), x.shape[2] // 2
+        for i, (top, left) in enumerate(((0, 0), (0, side), (side, 0), (side, side))):
+            assert torch.equal(x[1, :, top:top + side, left:left + side], one[4 + i])
+    assert r.four_to_one(batch, rng(), MICRO) is batch
+    half = MICRO._replace(mosaic=0.5)
+    kept = sum(r.four_to_one(batch, rng(seed), half) is batch for seed in range(200))
+    assert 75 < kept < 125
+    batch.hq = batch.hq[:6]                                  # not a multiple of four
+    assert r.four_to_one(batch, rng(), MICRO._replace(mosaic=1.0)) is batch
+
+
+@pytest.mark.parametrize("chapter", ["resshift", "start", "gendr", "adc", "pix"])
+def test_networks_that_eat_latents_are_taught_on_two_sizes(chapter, monkeypatch,
+                                                           tmp_path, micro_pool):
+    cfg = MICRO._replace(mosaic=1.0, negative=0.0)
+    step, _, m, _ = step_of(monkeypatch, tmp_path / "run", micro_pool, chapter, cfg)
+    seen, forward = set(), r.UNet.forward
+    monkeypatch.setattr(r.UNet, "forward", lambda unet, x, *rest:
+                        seen.add(tuple(x.shape[2:])) or forward(unet, x, *rest))
+    step(a_batch(m), rng())
+    assert seen == {(8, 8)}                                  # 4 pictures of 4x4 tokens
 
 
 def test_online_negatives_swap_prompt_and_target_together():
@@ -2561,7 +2589,7 @@ def test_tiles_need_the_memory_of_the_picture_and_of_one():
 
     def run():
         g.restore(Blur(), estimator, lq, 1, tile=256)
-    assert g.measure(run, 0.01)["peak MB"] < 36
+    assert g.measure(run, seconds=0.01)["peak MB"] < 36
 
 
 def test_restore_does_not_shift_the_picture():
