@@ -1754,7 +1754,7 @@ def test_a_run_refuses_other_numbers_and_keeps_its_own(tmp_path):
     free = MICRO._replace(save_every=7, log_every=9, workers=1, batch=2,
                           estimator_batch=1)                 # memory had run out, say
     assert r.Run(tmp_path / "run", free).cfg == free
-    assert r.Run(tmp_path / "run").cfg == MICRO
+    assert r.Run(tmp_path / "run").cfg == free              # for --eval, too
     with pytest.raises(r.UserError, match="--train"):
         r.Run(tmp_path / "none")
     assert not (tmp_path / "none").exists()
@@ -2274,11 +2274,13 @@ def test_masked_fourier_loss_of_a_period_8_pattern_in_closed_form():
     pattern = amplitude * torch.cos(2 * math.pi * n / 8)[None, None, :, None]
     y = pattern.expand(1, 1, 64, 64)
     # ortho fft2: two bins, (8, 0) and (56, 0), of amplitude / 2 * 64 each; the mask
-    # holds 64 windows of 9 bins less the window at (0, 0)
-    expected = 2 * amplitude / 2 * 64 / (64 * 9 - 9)
-    close(g.masked_fourier_loss(y, torch.zeros_like(y)), torch.tensor(expected), 1e-5)
-    assert g.fourier_mask(64, 64).sum() == 64 * 9 - 9
-    assert g.fourier_mask(64, 64, radius=0).sum() == 63      # the lattice itself
+    # of radius 1 holds 64 windows of 9 bins less the window at (0, 0)
+    for radius, bins in ((0, 63), (1, 64 * 9 - 9)):          # 0: the lattice itself
+        expected = torch.tensor(2 * amplitude / 2 * 64 / bins)
+        found = g.masked_fourier_loss(y, torch.zeros_like(y), radius=radius)
+        close(found, expected, 1e-5)
+        assert g.fourier_mask(64, 64, radius=radius).sum() == bins
+    assert g.fourier_mask(64, 64).sum() == 63                # the default
     assert g.fourier_mask(64, 64, radius=4).sum() == 64 * 64 - 81    # all but (0, 0)'s
 
 
