@@ -1111,7 +1111,7 @@ def test_an_autoencoders_file_gives_the_vae(tmp_path, micro_pool):
 
 VAL_DATA = HERE / "tiny_data/val"
 # What the shipped files measured when they were made, dB: PSNR of VAE and sample.
-SHIPPED = {"text_page": (30.65, 12.41), "bricks_yellow": (30.67, 24.97)}
+SHIPPED = {"text_page": (31.67, 12.42), "bricks_yellow": (31.07, 24.84)}
 
 
 @pytest.fixture(scope="session")
@@ -1151,6 +1151,48 @@ def test_the_shipped_files_are_small_and_whole():
     files = [p for p in (HERE / "tiny_data").rglob("*")
              if p.is_file() and "__pycache__" not in p.parts]
     assert sum(p.stat().st_size for p in files) <= 24e6
+
+
+def test_the_vae_chapter_takes_the_shipped_file_as_it_is(toy, tmp_path, in_project):
+    cfg, vae, _ = toy
+    run = r.Run(tmp_path / "run", cfg)
+    theirs = r.run_chapters(run, r.CHAPTERS, {"z_hq": None}, "vae")["vae"]
+    for (key, a), b in zip(theirs.state_dict().items(), vae.state_dict().values(),
+                           strict=True):
+        assert torch.equal(a, b), key
+    assert not (run.folder / "log.csv").read_text().splitlines()[1:]
+
+
+def test_the_shipped_vae_is_no_linear_map(toy):
+    """The best 3x3 maps, from latents to its pictures, and from patches to latents:
+    were it linear, they would be exact."""
+    _, vae, _ = toy
+    files = sorted((HERE / "tiny_data/train").glob("*.*"))
+    x = torch.cat([read_picture(file)[:, :, 32:160, 32:160] for file in files])
+    z = torch.cat([vae.encode(part) for part in x.split(8)])
+    y = torch.cat([vae.decode(part) for part in z.split(8)])
+    out, into = nn.Conv2d(16, 192, 3, padding=1), nn.Conv2d(192, 16, 3, padding=1)
+    g.fit_conv(out, z, F.pixel_unshuffle(y, 8))
+    g.fit_conv(into, F.pixel_unshuffle(x, 8), z)
+    x = torch.cat([held_out_photo(file.stem) for file in VAL_DATA.rglob("*.png")])
+    z = vae.encode(x)
+    y = vae.decode(z)
+    with torch.no_grad():
+        decoded = F.pixel_shuffle(out(z), 8)
+        encoded = vae.decode(into(F.pixel_unshuffle(x, 8)))
+    for linear in (decoded, encoded):
+        assert r.psnr(r.to_unit(linear), r.to_unit(y)).mean().item() <= 30
+
+
+@pytest.mark.parametrize("side, levels", [(256, 1), (96, 2)])
+@pytest.mark.parametrize("tint", [(250, 240, 225), (225, 240, 250), (205, 220, 200)])
+def test_the_shipped_vae_returns_a_tinted_page_with_its_colour(tint, side, levels, toy):
+    _, vae, _ = toy
+    page = r.from_bytes(torch.tensor(tint).view(1, 3, 1, 1).expand(1, 3, side, side))
+    with torch.no_grad():
+        y = vae.decode(vae.encode(page)).mean((0, 2, 3))
+    grey = ((y + 1) * 127.5).round()                         # whole levels
+    assert (grey - torch.tensor(tint)).abs().max() <= levels, grey
 
 
 def test_the_vae_chapter_takes_the_shipped_file_as_it_is(toy, tmp_path, in_project):
@@ -3530,7 +3572,7 @@ def test_the_readmes_golden_number(capsys):
 
 def test_the_readme_is_short_and_names_what_exists():
     text = (HERE / "README.md").read_text()
-    assert sum(any(map(str.isalnum, word)) for word in text.split()) <= 2500
+    assert sum(any(map(str.isalnum, word)) for word in text.split()) <= 2200
     tests = (HERE / "test_gendr_pix.py").read_text()
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
