@@ -1195,46 +1195,6 @@ def test_the_shipped_vae_returns_a_tinted_page_with_its_colour(tint, side, level
     assert (grey - torch.tensor(tint)).abs().max() <= levels, grey
 
 
-def test_the_vae_chapter_takes_the_shipped_file_as_it_is(toy, tmp_path, in_project):
-    cfg, vae, _ = toy
-    run = r.Run(tmp_path / "run", cfg)
-    theirs = r.run_chapters(run, r.CHAPTERS, {"z_hq": None}, "vae")["vae"]
-    for (key, a), b in zip(theirs.state_dict().items(), vae.state_dict().values(),
-                           strict=True):
-        assert torch.equal(a, b), key
-    assert not (run.folder / "log.csv").read_text().splitlines()[1:]
-
-
-def test_the_shipped_vae_is_no_linear_map(toy):
-    """The best 3x3 maps, from latents to its pictures, and from patches to latents:
-    were it linear, they would be exact."""
-    _, vae, _ = toy
-    files = sorted((HERE / "tiny_data/train").glob("*.*"))
-    x = torch.cat([read_picture(file)[:, :, 32:160, 32:160] for file in files])
-    z = torch.cat([vae.encode(part) for part in x.split(8)])
-    y = torch.cat([vae.decode(part) for part in z.split(8)])
-    out, into = nn.Conv2d(16, 192, 3, padding=1), nn.Conv2d(192, 16, 3, padding=1)
-    g.fit_conv(out, z, F.pixel_unshuffle(y, 8))
-    g.fit_conv(into, F.pixel_unshuffle(x, 8), z)
-    x = torch.cat([held_out_photo(file.stem) for file in VAL_DATA.rglob("*.png")])
-    z = vae.encode(x)
-    y = vae.decode(z)
-    with torch.no_grad():
-        decoded = F.pixel_shuffle(out(z), 8)
-        encoded = vae.decode(into(F.pixel_unshuffle(x, 8)))
-    for linear in (decoded, encoded):
-        assert r.psnr(r.to_unit(linear), r.to_unit(y)).mean().item() <= 30
-
-
-@pytest.mark.xfail(reason="the toy VAE's tints are off by 3 to 7 levels", strict=True)
-@pytest.mark.parametrize("tint", [(250, 240, 225), (225, 240, 250), (205, 220, 200)])
-def test_the_shipped_vae_returns_a_tinted_page_with_its_colour(tint, toy):
-    _, vae, _ = toy
-    page = r.from_bytes(torch.tensor(tint).view(1, 3, 1, 1).expand(1, 3, 96, 96))
-    grey = 255 * r.to_unit(vae.decode(vae.encode(page))).mean((0, 2, 3))
-    assert (grey - torch.tensor(tint)).abs().max() <= 1, grey
-
-
 def test_the_error_by_time_of_a_prior_that_knows():
     """A prior that returns y0 errs by mean (y0 - x0)^2 at all t, one that returns x_t
     by more the later it is asked."""
