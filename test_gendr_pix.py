@@ -48,7 +48,8 @@ HERE = Path(__file__).resolve().parent
 SCRIPTS = ("resshift.py", "gendr_pix.py")
 STEPS = ("vae_steps", "decoder_steps", "prior_steps", "estimator_steps", "start_steps",
          "gendr_steps", "adc_steps", "pix_steps", "critic_steps")
-TAUGHT = ["vae", "decoder", *list(g.CHAPTERS)[1:-2],     # the names of all training loops
+# The names of all training loops.
+TAUGHT = ["vae", "decoder", *list(g.CHAPTERS)[1:-2],
           "adc critic", "adc", "pix critic", "pix"]
 MICRO = r.preset("tiny")._replace(
     train_data=str(HERE / "tiny_data/train"),
@@ -1601,7 +1602,7 @@ def test_a_borders_grid_can_hide_that_of_the_inside():
     pattern = 0.05 * torch.randn(1, 1, 8, 8, generator=rng()).repeat(1, 3, 12, 12)
     border = torch.ones(96, 96)
     border[16:-16, 16:-16] = 0
-    share = (1 - border).sum() / border.sum()                # the mean over patches is 0
+    share = (1 - border).sum() / border.sum()                # so that the mean is 0
     y = 0.1 * randn(1, 1, 96, 96, seed=1) + pattern * torch.where(
         border == 1, -share, torch.tensor(1.0))
     assert r.lattice_peak(y) < -1 and r.lattice_peak(r.inside(y)) > 8
@@ -2333,7 +2334,7 @@ def test_a_critic_learns_to_tell_features_apart_by_what_lies_beside_them(tmp_pat
     critic = g.Discriminator(gendr, MICRO)
     stripes = torch.arange(4).remainder(2).float() * 2 - 1
     kinds = [f.expand(2, n, side, side) for f, n, side in (
-        (stripes[:, None], 16, 4), (stripes[:2, None], 32, 2), (stripes[:2, None], 32, 2))]
+        (stripes[:, None], 16, 4), *2 * [(stripes[:2, None], 32, 2)])]
     fake, real = kinds, [f.transpose(2, 3) for f in kinds]
     adam, = r.optimizers_of(critic)
     assert adam.defaults["betas"] == critic.betas
@@ -2855,7 +2856,7 @@ def test_every_claim_is_judged_the_right_way_round():
     assert missed(4, [("GenDR-Pix", "psnr", 18.5)]) == {"GenDR-Pix, PSNR - GenDR's"}
 
 
-def test_the_floors_are_the_issues():
+def test_the_floors_and_bars_of_chapters_1_and_2():
     rows = judged([("ResShift", "st_lpips", 0.16), ("ResShift", "psnr", 17.9)])
     assert rows["ResShift, ST-LPIPS / bicubic's"][1] == pytest.approx(0.4)
     assert rows["ResShift, PSNR - bicubic's"][1] == pytest.approx(-0.1)
@@ -3621,7 +3622,8 @@ def plain_network(minutes):
         adam.step()
         done, steps = (time.time() - started) / (60 * minutes), steps + 1
     network.requires_grad_(False)
-    table = r.evaluate({"plain network": lambda pair: network(pair.lq)}, held, perceptual)
+    methods = {"plain network": lambda pair: network(pair.lq)}
+    table = r.evaluate(methods, held, perceptual)
     r.print_table(f"{steps} steps, {minutes} minutes", table, r.MEASURES)
 
 
