@@ -58,7 +58,7 @@ MICRO = r.preset("tiny")._replace(
     head_width=16, groups=8, context_tokens=2, context_width=8,
     vae_widths=(8, 8, 8, 16), vae_groups=4, vae_crop=32, lora_rank=4, fake_rank=4,
     estimator_width=4, save_every=2, log_every=100, warmup=1, seed=3, vae_weights="",
-    prior_weights="", mosaic=0.0, **dict.fromkeys(STEPS, 0))
+    prior_weights="", mosaic=0.0, blank=0.0, **dict.fromkeys(STEPS, 0))
 
 
 def rng(seed=0):
@@ -1324,6 +1324,33 @@ def test_latents_of_the_pool_are_the_vaes(whole, micro_pool):
         close(pool["z_lq"], vae.encode(r.upsample(lq, 4)), 1e-5)
 
 
+def test_a_share_of_the_crops_is_one_of_their_pixels_colour():
+    cfg = MICRO._replace(blank=0.5)
+    pairs, plain = r.Pairs(cfg), r.Pairs(MICRO)
+    blank = 0
+    for i in range(40):
+        hq, other = pairs[i]["hq"], plain[i]["hq"]
+        if torch.equal(hq, other):
+            continue
+        assert torch.equal(hq, other[:, :1, :1].expand_as(hq))
+        blank += 1
+    assert 10 <= blank <= 30
+
+
+def test_small_crops_touch_each_border_in_a_quarter_of_the_batches():
+    cfg = MICRO._replace(vae_crop=32)
+    side = 64
+    x = torch.arange(side * side).view(1, 1, side, side)
+    starts = []
+    for seed in range(400):
+        a, b = r.small_crop(cfg, rng(seed), x, -x)
+        assert a.shape == (1, 1, 32, 32) and torch.equal(a, -b)
+        starts += divmod(a[0, 0, 0, 0].item(), side)
+    shares = [starts.count(n) / len(starts) for n in (0, side - 32)]
+    assert shares == pytest.approx([17 / 64, 16 / 64], abs=0.04)
+    assert min(starts) == 0 and max(starts) == side - 32     # never outside
+
+
 def test_photographs_smaller_than_a_crop_are_left_out(tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "thumb.png")
     cfg = MICRO._replace(train_data=str(tmp_path))
@@ -1469,6 +1496,30 @@ def test_bytes_and_floats_round_trip():
 
 def read_picture(path):
     return r.from_pil(r.open_picture(path))
+
+
+def test_colours_are_the_lqs_and_detail_is_the_networks():
+    x = photo(64)[:, :, :64, :48]
+    close(r.keep_colour(x, x), x, 1e-6)
+    tinted = x + torch.tensor([0.1, -0.05, 0.02]).view(3, 1, 1)
+    close(r.keep_colour(tinted, x), x, 1e-6)
+    n = torch.arange(64)
+    detail = 0.1 * torch.cos(2 * math.pi * n / 4)[:, None] * torch.ones(48)
+    close(r.keep_colour(x + detail, x), x + detail, 1e-6)    # of mean 0 in each square
+    page = torch.full((1, 3, 37, 21), 0.8)                   # of no whole squares
+    close(r.keep_colour(page - 0.07, page), page, 1e-6)
+
+
+def test_a_grey_picture_stays_grey():
+    grey = r.luma(photo(64)).expand(-1, 3, -1, -1)
+    y = grey + 0.1 * randn(1, 3, 64, 64)
+    found = r.keep_colour(y, grey)
+    assert (found.amax(1) - found.amin(1)).max() == 0
+    lq = F.avg_pool2d(grey, 4)
+    up = g.restore(guided_restorer(), g.DegradationEstimator(MICRO), lq, 4)
+    assert (up.amax(1) - up.amin(1)).max() == 0
+    colour = r.keep_colour(y, photo(64))
+    assert (colour.amax(1) - colour.amin(1)).max() > 0.1
 
 
 def test_pictures_open_as_a_viewer_shows_them(tmp_path):
@@ -2344,12 +2395,16 @@ def test_a_critic_learns_to_tell_features_apart_by_what_lies_beside_them(tmp_pat
     assert losses["right"] > 0.95
 
 
-def test_the_critic_trains_alone_before_its_generator(monkeypatch, tmp_path):
+def test_the_critic_trains_alone_before_its_generator(monkeypatch):
     run = SimpleNamespace(cfg=MICRO._replace(critic_steps=7))
     student, critic, seen = nn.Linear(1, 1), nn.Linear(1, 1), []
     monkeypatch.setattr(g, "train", lambda *how: seen.append(how))
     g.critic_first(run, "pix", critic, lambda *_: {student: 1, critic: 2}, {})
     (_, name, steps, rates, step, *_), = seen
+    assert (name, steps, rates) == ("pix critic", 0, {critic: MICRO.critic_rate})
+    run.cfg = run.cfg._replace(pix_steps=1)      # with no step of G it has nothing to do
+    g.critic_first(run, "pix", critic, lambda *_: {student: 1, critic: 2}, {})
+    (_, name, steps, rates, step, *_), = seen[1:]
     assert (name, steps, rates) == ("pix critic", 7, {critic: MICRO.critic_rate})
     assert step(None, rng()) == {critic: 2}
 
@@ -2487,6 +2542,26 @@ def test_stage_twos_loss_is_the_papers(monkeypatch, tmp_path, micro_pool):
     assert not gradient_reaches(moves[critic]["d"], student)
 
 
+@pytest.mark.parametrize("critic", ["start", "gendr"])
+def test_stage_two_may_have_another_critic_and_hq_for_its_teacher(
+        critic, monkeypatch, tmp_path, micro_pool):
+    cfg = MICRO._replace(negative=0.0, pix_critic=critic, pix_teacher="hq")
+    asked, of = [], g.Discriminator
+    monkeypatch.setattr(g, "Discriminator", lambda restorer, cfg: (
+        asked.append(restorer) or of(restorer, cfg)))
+    step, rates, m, _ = step_of(monkeypatch, tmp_path / "run", micro_pool, "pix", cfg)
+    student, d = rates
+    assert asked[-1] is m[critic]
+    batch = a_batch(m)
+    losses = step(batch, rng())[student]
+    y = student(r.upsample(batch.lq, 4), m["estimator"](batch.lq))
+    close(losses["L1"], (y - batch.hq).abs().mean(), 1e-5)
+    dice = random.Random(rng().initial_seed())
+    phase = dice.randrange(8), dice.randrange(8)
+    seen = d.features(m["vae"].encode(g.rand_pad(y, *phase)))
+    close(losses["adv"], cfg.lambda_adv * d.fooled(seen), 1e-5)
+
+
 # ---- gendr_pix.py, 8: what a user calls ----------------------------------------------
 
 
@@ -2619,7 +2694,8 @@ def test_restore_estimates_folds_and_scales():
     model, estimator, lq = guided_restorer(), g.DegradationEstimator(MICRO), photo(16)
     own = g.restore(model, estimator, lq, 4)
     with torch.no_grad():
-        by_hand = model(r.upsample(lq, 4), estimator(lq)).clamp(-1, 1)
+        x = r.upsample(lq, 4)
+        by_hand = r.keep_colour(model(x, estimator(lq)), x).clamp(-1, 1)
     close(own, by_hand, 1e-4)
     close(g.restore(model, estimator, lq, 4, scores=estimator(lq)), own, 1e-5)
     other = g.restore(model, estimator, lq, 4, scores=torch.tensor([[0.9, 0.1]]))
