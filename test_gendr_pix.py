@@ -1351,11 +1351,13 @@ def test_small_crops_touch_each_border_in_a_quarter_of_the_batches():
     assert min(starts) == 0 and max(starts) == side - 32     # never outside
 
 
-def test_photographs_smaller_than_a_crop_are_left_out(tmp_path):
+def test_photographs_smaller_than_a_crop_are_left_out(tmp_path, capsys):
     Image.new("RGB", (20, 20)).save(tmp_path / "thumb.png")
+    (tmp_path / "page.jpg").write_text("<html>")
     cfg = MICRO._replace(train_data=str(tmp_path))
     with pytest.raises(r.UserError, match="32 pixel crop"):
         a_pool(cfg)
+    assert "page.jpg: not a picture; left out" in capsys.readouterr().err
     Image.new("RGB", (40, 40), (9, 9, 9)).save(tmp_path / "photo.png")
     hq = a_pool(cfg)["hq"]
     assert hq.shape == (4, 3, 32, 32) and (hq == 9).all()    # from the photo alone
@@ -3319,6 +3321,20 @@ def test_a_notebooks_stdout_will_do(tmp_path, monkeypatch, plain_upscaler, in_pr
     with pytest.raises(SystemExit) as end:
         runpy.run_path("gendr_pix.py", run_name="__main__")  # %run
     assert end.value.code == 0 and "ablate" in sys.stdout.text
+
+
+def test_an_ascii_stdout_shows_other_names_by_their_numbers(
+        tmp_path, monkeypatch, plain_upscaler, in_project):
+    written = io.BytesIO()
+    photos(tmp_path, "a.png")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["", "--input", f"{tmp_path}/a.png", "--output",
+                                      f"{tmp_path}/日本.png"])
+    with pytest.raises(SystemExit) as end:
+        r.command_line(g.main)
+    sys.stdout.flush()
+    assert not end.value.code
+    assert written.getvalue().endswith(b"\\u65e5\\u672c.png: 32x32\n")
 
 
 def test_resshift_has_a_seed_and_every_tile_its_own_noise(whole, monkeypatch):
