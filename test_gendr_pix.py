@@ -2974,7 +2974,7 @@ def test_the_report_is_drawn_whatever_the_pictures_are_called(tmp_path):
 # ---- gendr_pix.py, 11: the ablation --------------------------------------------------
 
 
-def test_ablation_trains_every_row_and_goes_on_where_it_stopped(
+def test_ablation_trains_rows_and_goes_on_where_it_stopped(
         whole, micro_pool, tmp_path, monkeypatch):
     cfg = WHOLE._replace(ablate_steps=1)
     run = r.Run(tmp_path / "run", cfg)
@@ -2984,21 +2984,21 @@ def test_ablation_trains_every_row_and_goes_on_where_it_stopped(
     for name in ("hq", "lq"):
         setattr(held[0], name, getattr(held[0], name)[:, :, :64, :64])
     held[0].hq = F.interpolate(held[0].hq, held[0].lq.shape[2] * 4)
+    some = ("guided LoRA", "SiD", "Pix: both ends at once", "Pix: random padding",
+            "Pix: no random padding", "Pix: HQ teaches")
+    rows = {name: g.ABLATION[name] for name in some}
+    monkeypatch.setattr(g, "ABLATION", rows)
     g.ablate(run, held, "Pix: no", seeds=1)
     first = (run.folder / "ablation.md").read_text()
     before = {p: p.read_bytes() for p in (run.folder / "rows").rglob("*.safetensors")}
     g.ablate(run, held, seeds=1)
-    rows = table_of((run.folder / "ablation.md").read_text(), "1 steps")
-    assert set(g.ABLATION) <= set(rows)
-    assert {f"Pix: {passes}" for passes in g.PASSES} <= set(rows)
+    table = table_of((run.folder / "ablation.md").read_text(), "1 steps")
+    assert set(table) == {*some, *(f"Pix: {passes}" for passes in g.PASSES)}
     assert all(p.read_bytes() == v for p, v in before.items())   # not trained again
     for name, cells in table_of(first, "1 steps").items():
-        assert cells[:5] == rows[name][:5]                   # all but the time
-    pix = (run.folder / "rows/Pix: random padding 0/pix.safetensors").read_bytes()
-    for name in g.ABLATION:
-        if name.startswith("Pix: ") and name != "Pix: random padding":
-            other = run.folder / "rows" / f"{name} 0/pix.safetensors"
-            assert other.read_bytes() != pix, name           # its change is a change
+        assert cells[:5] == table[name][:5]                  # all but the time
+    files = [run.folder / "rows" / f"{name} 0/pix.safetensors" for name in some[2:]]
+    assert len({file.read_bytes() for file in files}) == 4   # each change is a change
     array = np.array(Image.open(run.folder / "collapse.png").convert("RGB"))
     assert array.shape[1] > 1000 and array.std() > 20
     assert os.path.samefile(run.folder / "rows/Pix: random padding 0/gendr.safetensors",
@@ -3006,6 +3006,15 @@ def test_ablation_trains_every_row_and_goes_on_where_it_stopped(
     for script in (r, g):
         monkeypatch.setattr(script, "train", None)           # nothing is left to train
     g.ablate(run, held, "Pix: no", seeds=1)
+
+
+@pytest.mark.parametrize("name", g.ABLATION)
+def test_a_rows_numbers_are_numbers_of_its_chapters(name):
+    chapters, change = g.ABLATION[name]
+    assert set(chapters) <= set(g.CHAPTERS)
+    cfg = r.preset("tiny", [f"{key}={value}" for key, value in change.items()])
+    for key, value in change.items():
+        assert getattr(cfg, key) == value != getattr(r.preset("tiny"), key)
 
 
 def test_mean_and_deviation_by_hand():
