@@ -1349,6 +1349,10 @@ def test_small_crops_touch_each_border_in_a_quarter_of_the_batches():
     shares = [starts.count(n) / len(starts) for n in (0, side - 32)]
     assert shares == pytest.approx([17 / 64, 16 / 64], abs=0.04)
     assert min(starts) == 0 and max(starts) == side - 32     # never outside
+    # The phase of stage II's padding is drawn from the same seed: it says nothing.
+    phases = [random.Random(seed).randrange(8) for seed in range(400)]
+    both = torch.corrcoef(torch.tensor([starts[::2], phases]).float())
+    assert both[0, 1].abs() < 0.15
 
 
 def test_photographs_smaller_than_a_crop_are_left_out(tmp_path, capsys):
@@ -2397,18 +2401,22 @@ def test_a_critic_learns_to_tell_features_apart_by_what_lies_beside_them(tmp_pat
     assert losses["right"] > 0.95
 
 
-def test_the_critic_trains_alone_before_its_generator(monkeypatch):
-    run = SimpleNamespace(cfg=MICRO._replace(critic_steps=7))
+def test_the_critic_trains_alone_before_its_generator(monkeypatch, tmp_path):
     student, critic, seen = nn.Linear(1, 1), nn.Linear(1, 1), []
     monkeypatch.setattr(g, "train", lambda *how: seen.append(how))
-    g.critic_first(run, "pix", critic, lambda *_: {student: 1, critic: 2}, {})
+
+    def first(**numbers):
+        run = SimpleNamespace(cfg=MICRO._replace(**numbers), folder=tmp_path)
+        g.critic_first(run, "pix", critic, lambda *_: {student: 1, critic: 2}, {})
+    first(critic_steps=7, pix_steps=0)           # with no step of G there is no need
+    assert not seen
+    first(critic_steps=7, pix_steps=1)
     (_, name, steps, rates, step, *_), = seen
-    assert (name, steps, rates) == ("pix critic", 0, {critic: MICRO.critic_rate})
-    run.cfg = run.cfg._replace(pix_steps=1)      # with no step of G it has nothing to do
-    g.critic_first(run, "pix", critic, lambda *_: {student: 1, critic: 2}, {})
-    (_, name, steps, rates, step, *_), = seen[1:]
     assert (name, steps, rates) == ("pix critic", 7, {critic: MICRO.critic_rate})
     assert step(None, rng()) == {critic: 2}
+    (tmp_path / "pix.ckpt").touch()              # a checkpoint has D's weights
+    first(critic_steps=7, pix_steps=1)
+    assert len(seen) == 1
 
 
 def test_the_critic_sees_a_picture_at_its_phase():
@@ -3398,6 +3406,9 @@ BAD = {                                  # arguments, after a split: what is sai
     "--input CAT --run RUN --output NEW.png --scale 0": "scale",
     "--input CAT --run RUN --output NEW.png --guidance nan": "guidance",
     "--input CAT --run RUN --output NEW.png --passes 3": "invalid choice",
+    "--input CAT --run RUN --output NEW.png --passes 1 --guidance 1.5": "2 passes",
+    "--input CAT --run RUN --output NEW.png --model resshift --guidance 0": "one step",
+    "--train --tiny --set pad_phases=9": "pad_phases",
     "--input CAT --run SHORT --output NEW.png": "SHORT",
     "--input CAT --run RUN --output NEW.png --model magic": "invalid choice"}
 
