@@ -3135,6 +3135,11 @@ def test_evaluation_on_real_pairs_measures_those_pairs(finished, tmp_path, monke
     assert code == 0, error
     row = table_of(out, "held-out pictures")["bicubic"]
     assert float(row[0]) == pytest.approx(sum(expected) / 2, abs=0.01)
+    own = (finished[0] / "metrics.json").read_bytes()        # nor do other photographs
+    code, out, error = here(monkeypatch, capsys, "--eval", "--run", finished[0],
+                            "--data", tmp_path / "hq")       # change the run's own
+    assert code == 0 and "GenDR-Pix" in out and "claim" not in out, error
+    assert (finished[0] / "metrics.json").read_bytes() == own
     Image.new("RGB", (20, 20)).save(tmp_path / "lq/portrait.bmp")
     code, _, error = here(monkeypatch, capsys, "--eval", "--run", finished[0],
                           "--data", tmp_path)
