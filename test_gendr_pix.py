@@ -3345,6 +3345,15 @@ def test_a_notebooks_stdout_will_do(tmp_path, monkeypatch, plain_upscaler, in_pr
     assert end.value.code == 0 and "ablate" in sys.stdout.text
 
 
+def test_an_interrupt_is_one_line(capsys):
+    def main():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as end:
+        r.command_line(main)
+    error = capsys.readouterr().err
+    assert end.value.code == 130 and error.count("\n") == 1 and "same command" in error
+
+
 def test_an_ascii_stdout_shows_other_names_by_their_numbers(
         tmp_path, monkeypatch, plain_upscaler, in_project):
     written = io.BytesIO()
