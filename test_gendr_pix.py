@@ -645,8 +645,9 @@ def logged(run, chapter, loss):
 def test_every_chapter_overfits_one_pair(chapter, loss, steps, factor, tmp_path):
     cfg = MICRO._replace(
         negative=0.0, log_every=5, save_every=1000, ema=0.5, distill="cid",
-        lambda_distill=0.1, lambda_adv=0.01, least_squares=False, pool=1, vae_rate=3e-3, prior_rate=5e-3, estimator_rate=5e-3, start_rate=5e-3,
-        gendr_rate=5e-3, student_rate=3e-3)
+        lambda_distill=0.1, lambda_adv=0.01, least_squares=False, pool=1, vae_rate=3e-3,
+        prior_rate=5e-3, estimator_rate=5e-3, start_rate=5e-3, gendr_rate=5e-3,
+        student_rate=3e-3)
     key = "prior_steps" if chapter == "resshift" else f"{chapter}_steps"
     cfg = cfg._replace(**{key: steps})
     last = "vae" if chapter == "decoder" else chapter
@@ -3861,10 +3862,10 @@ def homework(words, folder=Path("homework")):
             " " * node.body[0].col_offset + "raise NotImplementedError"]
     for script, text in lines.items():
         (folder / script).write_text("\n".join(text) + "\n")
-    print(f"{folder}: write what raises NotImplementedError; docstrings say what.")
+    print(f"{folder}: write what raises NotImplementedError; docstrings say what.  A "
+          "test that calls several of them passes when all are written.")
     for label, script, node in chosen.values():
-        print(f"\n{label} ({script}, line {node.lineno}; solution: {sizes[label]}), "
-              "graded by")
+        print(f"\n{label} ({script}; lines: {sizes[label]}), graded by")
         for name in tests[label] or ["no test that names it: by all that fail now"]:
             print(f"    {name}")
     every = dict.fromkeys(name for label in chosen for name in tests[label])
@@ -3880,7 +3881,7 @@ def test_homework_is_graded_by_tests_that_fail_until_the_body_is_back(tmp_path,
     words = shlex.split(printed.splitlines()[-1].partition("&& python ")[2])
     named = graders("ResidualShift.input_scale")
     assert len(named) == 2 and all(name in printed for name in named)
-    assert "solution: 3)" in printed and words[-1] == " or ".join(named)
+    assert "lines: 3)" in printed and words[-1] == " or ".join(named)
 
     def grade():
         done = subprocess.run([sys.executable, *words], cwd=folder, env=one_thread(),
