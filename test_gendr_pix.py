@@ -1845,6 +1845,10 @@ def test_a_run_refuses_other_numbers_and_keeps_its_own(tmp_path):
     with pytest.raises(r.UserError, match="--train"):
         r.Run(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+    file = tmp_path / "run/config.json"                      # of another version
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eta_9": 1.0}))
+    with pytest.raises(r.UserError, match="eta_9"):
+        r.Run(tmp_path / "run")
 
 
 def test_a_run_knows_a_path_in_another_spelling(tmp_path, in_project):
