@@ -14,6 +14,7 @@ import zlib
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 WORDS = """the of and to in is that it was for on are as with his they be at one have
 this from or had by hot but some what there we can out other were all your when up use
@@ -386,7 +387,7 @@ def main():
     parser.add_argument("--held-out", action="store_true")
     options = parser.parse_args()
     os.makedirs(options.folder, exist_ok=True)
-    for i in range(options.count):
+    for i in tqdm(range(options.count), disable=None):
         name = f"{'pattern' if i % 2 else 'page'}_{i:04}.png"
         image = draw(i, options.seed, options.held_out)
         image.save(os.path.join(options.folder, name))
